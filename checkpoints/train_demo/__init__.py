@@ -1,0 +1,1 @@
+"""Training of the demo pair: corpus and tokenizer preparation, and the trainer that uses them."""

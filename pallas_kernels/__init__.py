@@ -1,0 +1,4 @@
+"""Attention kernels for decoding, each specified by a plain XLA reference."""
+
+from pallas_kernels.reference import cached_attention as cached_attention
+from pallas_kernels.registry import explain as explain

@@ -1,0 +1,28 @@
+"""The specification of every attention op: straightforward XLA, float32 softmax, no blocking."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+def cached_attention(
+    query: Float[Array, "B T N H"],
+    keys: Float[Array, "B K S H"],
+    values: Float[Array, "B K S H"],
+    start: Int[Array, "B"],
+) -> Float[Array, "B T N H"]:
+    """Causal attention of T query tokens over cached keys and values, in the query's dtype.
+
+    Query t of row b sits in slot start[b] + t and sees slots 0 .. start[b] + t. Everything
+    inside is float32, whatever the dtypes outside.
+    """
+    batch, num_tokens, num_heads, head_dim = query.shape
+    num_kv_heads, num_slots = keys.shape[1], keys.shape[2]
+    grouped = query.reshape(batch, num_tokens, num_kv_heads, num_heads // num_kv_heads, head_dim)
+    query32, keys32, values32 = (x.astype(jnp.float32) for x in (grouped, keys, values))
+    scores = jnp.einsum("btkgh,bksh->bkgts", query32, keys32) * jnp.float32(head_dim**-0.5)
+    last_visible = start[:, None] + jnp.arange(num_tokens, dtype=start.dtype)
+    visible = jnp.arange(num_slots, dtype=start.dtype) <= last_visible[:, :, None]
+    scores = jnp.where(visible[:, None, None], scores, -jnp.inf)
+    out = jnp.einsum("bkgts,bksh->btkgh", jax.nn.softmax(scores, axis=-1), values32)
+    return out.reshape(query.shape).astype(query.dtype)

@@ -1,0 +1,38 @@
+"""Which implementations an op has, and why each of them can or cannot run.
+
+An implementation states in words why it does not support a device; the first that supports it runs.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+
+from pallas_kernels import reference
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Implementation:
+    """One way to compute an op; `unsupported` gives the reason it cannot run on a device, or None."""
+
+    name: str
+    function: Callable[..., jax.Array]
+    unsupported: Callable[[jax.Device], str | None]
+
+
+IMPLEMENTATIONS: dict[str, tuple[Implementation, ...]] = {
+    "cached_attention": (
+        Implementation(
+            name="xla", function=reference.cached_attention, unsupported=lambda device: None
+        ),
+    ),
+}
+
+
+def explain(device: jax.Device) -> list[tuple[str, str, str]]:
+    """For each op its implementations on this device: (op, name, "runs" or the reason why not)."""
+    return [
+        (op, implementation.name, implementation.unsupported(device) or "runs")
+        for op, implementations in IMPLEMENTATIONS.items()
+        for implementation in implementations
+    ]

@@ -1,0 +1,125 @@
+"""The one decoder of all families (Llama 3.x, Qwen2/2.5, dense Qwen3), as pure functions.
+
+Layers are unrolled, not scanned: on a CPU a scan over stacked layers copies each layer's weights out of
+the stack first, which halves decoding speed (`bench/decode_speed.py --scan` shows it).
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, DTypeLike, Float, Int
+
+from ssd_jax.attention import attend
+from ssd_jax.config import ModelConfig
+from ssd_jax.kv_cache import write_slots
+from ssd_jax.models.rope import apply_rope, rope_angles
+from ssd_jax.types import KVCache, LayerParams, ModelParams
+
+
+def forward(
+    config: ModelConfig,
+    params: ModelParams,
+    tokens: Int[Array, "B T"],
+    cache: KVCache,
+    start: Int[Array, "B"],
+) -> tuple[Float[Array, "B T D"], KVCache]:
+    """Final hidden states (after the last norm) of T tokens a row, and the cache with their keys.
+
+    Token t of row b has position start[b] + t and is written to that slot; slots before it must hold
+    the row's text. The cache's lengths are left alone: the caller knows how many tokens are real.
+    """
+    positions = start[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)
+    cos, sin = rope_angles(config, positions)
+    x = params.embedding[tokens]
+    all_keys, all_values = [], []
+    for layer, keys, values in zip(params.layers, cache.keys, cache.values, strict=True):
+        attended, keys, values = attention_block(config, layer, x, keys, values, start, cos, sin)
+        x = x + attended
+        x = x + mlp_block(config, layer, x)
+        all_keys.append(keys)
+        all_values.append(values)
+    x = rms_norm(x, params.final_norm, config.rms_norm_eps)
+    return x, cache.replace(keys=tuple(all_keys), values=tuple(all_values))
+
+
+def compute_logits(
+    params: ModelParams, hidden: Float[Array, "B T D"]
+) -> Float[Array, "B T V"]:
+    """Next-token logits of the given hidden states, float32."""
+    if params.lm_head is None:
+        return project("btd,vd->btv", hidden, params.embedding, dtype=jnp.float32)
+    return project("btd,dv->btv", hidden, params.lm_head, dtype=jnp.float32)
+
+
+def attention_block(
+    config: ModelConfig,
+    layer: LayerParams,
+    x: Float[Array, "B T D"],
+    keys: Float[Array, "B K S H"],
+    values: Float[Array, "B K S H"],
+    start: Int[Array, "B"],
+    cos: Float[Array, "B T H"],
+    sin: Float[Array, "B T H"],
+) -> tuple[Float[Array, "B T D"], Float[Array, "B K S H"], Float[Array, "B K S H"]]:
+    """What attention adds to the residual stream, and this layer's updated keys and values."""
+    query, new_keys, new_values = project_qkv(config, layer, x, cos, sin)
+    keys = write_slots(keys, new_keys, start)
+    values = write_slots(values, new_values, start)
+    attended = attend(query, keys, values, start)
+    batch, num_tokens = x.shape[:2]
+    attended = attended.reshape(
+        batch, num_tokens, config.num_kv_heads, config.queries_per_kv, config.head_dim
+    )
+    out = project("btkgh,kghd->btd", attended, layer.output, layer.output_bias)
+    return out, keys, values
+
+
+def project_qkv(
+    config: ModelConfig,
+    layer: LayerParams,
+    x: Float[Array, "B T D"],
+    cos: Float[Array, "B T H"],
+    sin: Float[Array, "B T H"],
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
+    """Queries and keys (normalised where the family does so, rotated) and values."""
+    normed = rms_norm(x, layer.attention_norm, config.rms_norm_eps)
+    fused = project("btd,dkgh->btkgh", normed, layer.qkv, layer.qkv_bias)
+    query, key, value = jnp.split(fused, [config.queries_per_kv, config.queries_per_kv + 1], axis=3)
+    if layer.query_norm is not None and layer.key_norm is not None:
+        query = rms_norm(query, layer.query_norm, config.rms_norm_eps)
+        key = rms_norm(key, layer.key_norm, config.rms_norm_eps)
+    query, key = apply_rope(query, cos, sin), apply_rope(key, cos, sin)
+    batch, num_tokens = x.shape[:2]
+    query = query.reshape(batch, num_tokens, config.num_heads, config.head_dim)
+    return query, key[:, :, :, 0], value[:, :, :, 0]
+
+
+def mlp_block(
+    config: ModelConfig, layer: LayerParams, x: Float[Array, "B T D"]
+) -> Float[Array, "B T D"]:
+    """What the gated feed-forward network adds to the residual stream."""
+    normed = rms_norm(x, layer.mlp_norm, config.rms_norm_eps)
+    gate_up = project("btd,dcf->btcf", normed, layer.gate_up, layer.gate_up_bias)
+    gated = jax.nn.silu(gate_up[:, :, 0]) * gate_up[:, :, 1]
+    return project("btf,fd->btd", gated, layer.down, layer.down_bias)
+
+
+def rms_norm(x: Float[Array, "*B C"], scale: Float[Array, "C"], eps: float) -> Float[Array, "*B C"]:
+    """x over its root mean square along the last axis, times scale; float32 inside."""
+    wide = x.astype(jnp.float32)
+    wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+    return wide.astype(x.dtype) * scale
+
+
+def project(
+    equation: str, x: Array, weights: Array, bias: Array | None = None, dtype: DTypeLike | None = None
+) -> Array:
+    """einsum(equation, x, weights) + bias, in x's dtype unless told; sums are float32 inside XLA.
+
+    A single bfloat16 row is computed as two equal ones: XLA's CPU backend converts the whole weight
+    matrix to float32 for a one-row product (2.3 times slower), and nothing changes elsewhere.
+    """
+    one_row = x.dtype == jnp.bfloat16 and x.shape[0] * x.shape[1] == 1
+    rows = jnp.concatenate([x, x], axis=1) if one_row else x
+    y = jnp.einsum(equation, rows, weights, preferred_element_type=dtype)
+    y = y[:, :1] if one_row else y
+    return y if bias is None else y + bias

@@ -1,0 +1,274 @@
+"""Tokenizers: text to ids and back, from the files of a checkpoint folder."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from ssd_jax.errors import CheckpointError, RequestError
+from ssd_jax.text.chat_template import render_chat
+
+_TOKENIZER_CONFIG = "tokenizer_config.json"
+_SPECIAL_TOKENS = "special_tokens_map.json"
+_GENERATION_CONFIG = "generation_config.json"
+_MODEL_CONFIG = "config.json"
+_TEMPLATE_TEXT = "chat_template.jinja"
+_TEMPLATE_JSON = "chat_template.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Tokenizer:
+    """A tokenizer with the special ids and the chat template of its checkpoint.
+
+    `bos_token` and `eos_token` are the texts that a chat template sees. `processor_adds_bos` says
+    that tokenizer.json itself puts BOS in front, `config_adds_bos` that tokenizer_config.json asks
+    for it.
+    """
+
+    backend: tokenizers.Tokenizer = field(repr=False)
+    bos_token: str | None
+    eos_token: str | None
+    bos_id: int | None
+    eos_ids: tuple[int, ...]
+    chat_template: str | None
+    processor_adds_bos: bool
+    config_adds_bos: bool
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids the tokenizer knows, added tokens included."""
+        return self.backend.get_vocab_size(with_added_tokens=True)
+
+    def vocabulary(self) -> dict[str, int]:
+        """Id of every token, added tokens included."""
+        return self.backend.get_vocab(with_added_tokens=True)
+
+    def token_to_id(self, token: str) -> int | None:
+        """Id of a token, or None if the tokenizer has no such token."""
+        return self.backend.token_to_id(token)
+
+    def id_to_token(self, token_id: int) -> str | None:
+        """Token of an id, or None if the tokenizer has no such id."""
+        return self.backend.id_to_token(token_id)
+
+    def special_ids(self) -> frozenset[int]:
+        """Ids that `decode` leaves out when it skips special tokens."""
+        added = self.backend.get_added_tokens_decoder()
+        return frozenset(token_id for token_id, token in added.items() if token.special)
+
+    def decoder_kinds(self) -> tuple[str, ...]:
+        """Names of the decoding steps in order, such as ("Replace", "ByteFallback", "Fuse")."""
+        decoder = self.backend.decoder
+        if decoder is None:
+            return ()
+        return tuple(_decoder_kinds(json.loads(decoder.__getstate__())))
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Ids of a text, with the specials that the checkpoint asks for in front and behind.
+
+        A text that already begins with BOS gets no second one.
+
+        Raises:
+            RequestError: the text holds a lone surrogate, so it is not Unicode text.
+        """
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise RequestError(
+                f"Expected valid Unicode text, got a broken character at position {error.start}; "
+                "pass the text as UTF-8."
+            ) from error
+        ids = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        if not add_special_tokens or self.bos_id is None:
+            return ids
+        if self.processor_adds_bos:
+            return ids[1:] if ids[:2] == [self.bos_id, self.bos_id] else ids
+        if self.config_adds_bos and ids[:1] != [self.bos_id]:
+            return [self.bos_id, *ids]
+        return ids
+
+    def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        extra: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        """Ids of a conversation; the template writes all specials, so none are added to it.
+
+        Raises:
+            RequestError: the checkpoint has no chat template, or the template refuses the messages.
+        """
+        if self.chat_template is None:
+            raise RequestError(
+                "Expected a checkpoint with a chat template, got one without; "
+                "send a plain prompt, or add chat_template.jinja to the checkpoint folder."
+            )
+        text = render_chat(
+            self.chat_template,
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            bos_token=self.bos_token,
+            eos_token=self.eos_token,
+            tools=tools,
+            extra=extra,
+        )
+        return self.encode(text, add_special_tokens=False)
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Text of the ids; ids that the tokenizer does not know give no text."""
+        return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """Tokenizer of a checkpoint folder; only tokenizer.json must be there.
+
+    Raises:
+        CheckpointError: a file is missing, damaged, or names a token that does not exist.
+    """
+    backend = _load_backend(folder / "tokenizer.json")
+    names = (_TOKENIZER_CONFIG, _SPECIAL_TOKENS, _GENERATION_CONFIG, _MODEL_CONFIG, _TEMPLATE_JSON)
+    files = {name: _read_json(folder / name) for name in names}
+    bos_token, bos_ids = _special_token(backend, folder, files, "bos_token")
+    eos_token, eos_ids = _special_token(backend, folder, files, "eos_token")
+    bos_ids += _listed_ids(folder, files, "bos_token_id")
+    bos_id = bos_ids[0] if bos_ids else None
+    adds_bos = files[_TOKENIZER_CONFIG].get("add_bos_token") is True
+    if adds_bos and bos_id is None:
+        raise CheckpointError(
+            f"Expected a bos_token in {folder / _TOKENIZER_CONFIG} because add_bos_token is true, "
+            "got none; name the token or set add_bos_token to false."
+        )
+    return Tokenizer(
+        backend=backend,
+        bos_token=bos_token,
+        eos_token=eos_token,
+        bos_id=bos_id,
+        eos_ids=tuple(dict.fromkeys(_listed_ids(folder, files, "eos_token_id") + eos_ids)),
+        chat_template=_chat_template(folder, files),
+        processor_adds_bos=bos_id is not None and backend.encode("").ids[:1] == [bos_id],
+        config_adds_bos=adds_bos,
+    )
+
+
+def _load_backend(path: Path) -> tokenizers.Tokenizer:
+    """Tokenizer in a tokenizer.json, without the truncation and padding it may ask for."""
+    if not path.is_file():
+        raise CheckpointError(
+            f"Expected a tokenizer at {path}, found no such file; "
+            "give a checkpoint folder that holds tokenizer.json."
+        )
+    try:
+        backend = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception for every kind of damage
+        raise CheckpointError(
+            f"Expected a tokenizer in {path}, but it cannot be read ({error}); "
+            "fetch that file again."
+        ) from error
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
+def _read_text(path: Path) -> str:
+    """Contents of a UTF-8 text file."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(
+            f"Expected UTF-8 text in {path}, but it cannot be read ({error}); "
+            "fetch that file again."
+        ) from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """Object in a JSON file, empty if there is no such file."""
+    if not path.exists():
+        return {}
+    try:
+        value = json.loads(_read_text(path))
+    except json.JSONDecodeError as error:
+        raise CheckpointError(
+            f"Expected JSON in {path}, but it is damaged ({error}); fetch that file again."
+        ) from error
+    if not isinstance(value, dict):
+        raise CheckpointError(
+            f"Expected a JSON object in {path}, got a {type(value).__name__}; "
+            "fetch that file again."
+        )
+    return value
+
+
+def _special_token(
+    backend: tokenizers.Tokenizer,
+    folder: Path,
+    files: Mapping[str, Mapping[str, Any]],
+    name: str,
+) -> tuple[str | None, tuple[int, ...]]:
+    """Text and id of `bos_token` or `eos_token`; None and no id where the files name none."""
+    for file in (_TOKENIZER_CONFIG, _SPECIAL_TOKENS):
+        entry = files[file].get(name)
+        token = entry.get("content") if isinstance(entry, dict) else entry
+        if token is None:
+            continue
+        token_id = backend.token_to_id(token) if isinstance(token, str) else None
+        if token_id is None:
+            raise CheckpointError(
+                f"Expected {name} in {folder / file} to be a token of tokenizer.json, "
+                f"got {token!r}; correct that entry."
+            )
+        return token, (token_id,)
+    return None, ()
+
+
+def _listed_ids(folder: Path, files: Mapping[str, Mapping[str, Any]], name: str) -> tuple[int, ...]:
+    """Ids under `bos_token_id` or `eos_token_id` (one or a list), generation settings first."""
+    ids: list[int] = []
+    for file in (_GENERATION_CONFIG, _MODEL_CONFIG):
+        entry = files[file].get(name)
+        values = entry if isinstance(entry, list) else [entry]
+        for value in values:
+            if value is None:
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+                raise CheckpointError(
+                    f"Expected {name} in {folder / file} to be a token id or a list of them, "
+                    f"got {entry!r}; correct that entry."
+                )
+            ids.append(value)
+    return tuple(ids)
+
+
+def _chat_template(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> str | None:
+    """Chat template from its own file, else from the tokenizer's settings, else None."""
+    if (folder / _TEMPLATE_TEXT).exists():
+        return _read_text(folder / _TEMPLATE_TEXT)
+    for file in (_TEMPLATE_JSON, _TOKENIZER_CONFIG):
+        entry = files[file].get("chat_template")
+        if isinstance(entry, list):
+            entry = _default_template(entry)
+        if isinstance(entry, str):
+            return entry
+        if entry is not None:
+            raise CheckpointError(
+                f"Expected chat_template in {folder / file} to be text or a list of named "
+                f"templates, got a {type(entry).__name__}; correct that entry."
+            )
+    return None
+
+
+def _default_template(entries: list[Any]) -> object:
+    """Template named "default" in a list of named ones, None if there is none."""
+    named = [entry for entry in entries if isinstance(entry, dict)]
+    return next((entry.get("template") for entry in named if entry.get("name") == "default"), None)
+
+
+def _decoder_kinds(decoder: Mapping[str, Any]) -> list[str]:
+    """Names of the steps of a serialised decoder, sequences flattened."""
+    if decoder["type"] != "Sequence":
+        return [decoder["type"]]
+    return [kind for step in decoder["decoders"] for kind in _decoder_kinds(step)]

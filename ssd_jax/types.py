@@ -1,0 +1,112 @@
+"""The pytrees that programs take and return, and the letters their shapes are written in.
+
+Axis letters, as in `jax.nn.dot_product_attention`, the same in every file:
+
+| letter | axis                          | letter | axis                               |
+| ------ | ----------------------------- | ------ | ---------------------------------- |
+| B      | batch row                     | D      | model (hidden) dimension           |
+| T      | query tokens of one call      | F      | feed-forward dimension             |
+| S      | key/value slots               | V      | vocabulary                         |
+| N      | query heads                   | L      | layers                             |
+| K      | key/value heads               | J      | draft_len (drafted tokens)         |
+| G      | N / K, queries per kv head    | R      | fan_out (branches)                 |
+| H      | head dimension                | E      | end-of-sequence ids, padded by -1  |
+
+Donated trees (`KVCache`, `DecodeState`) hold buffers and nothing else.
+"""
+
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int, UInt32
+
+
+@struct.dataclass
+class LayerParams:
+    """Weights of one decoder layer; the fused projections keep heads grouped by their kv head.
+
+    `qkv[:, k]` holds the G query heads of kv head k, then its key, then its value: one matrix
+    product instead of three, and a mesh splits it along K without tearing a group apart.
+    """
+
+    attention_norm: Float[Array, "D"]
+    qkv: Float[Array, "D K G+2 H"]
+    qkv_bias: Float[Array, "K G+2 H"] | None
+    query_norm: Float[Array, "H"] | None
+    key_norm: Float[Array, "H"] | None
+    output: Float[Array, "K G H D"]
+    output_bias: Float[Array, "D"] | None
+    mlp_norm: Float[Array, "D"]
+    gate_up: Float[Array, "D 2 F"]
+    gate_up_bias: Float[Array, "2 F"] | None
+    down: Float[Array, "F D"]
+    down_bias: Float[Array, "D"] | None
+
+
+@struct.dataclass
+class ModelParams:
+    """Weights of a whole model; `lm_head` is None when the embedding serves as the output too."""
+
+    embedding: Float[Array, "V D"]
+    layers: tuple[LayerParams, ...]
+    final_norm: Float[Array, "D"]
+    lm_head: Float[Array, "D V"] | None
+
+
+@struct.dataclass
+class KVCache:
+    """Keys and values of every layer; row b is valid in slots 0 .. lengths[b] - 1.
+
+    Whatever lies at or beyond a row's length is garbage that a later write replaces.
+    """
+
+    keys: tuple[Float[Array, "B K S H"], ...]
+    values: tuple[Float[Array, "B K S H"], ...]
+    lengths: Int[Array, "B"]
+
+
+@struct.dataclass
+class Sampling:
+    """Sampling options of a batch, one entry a row; arrays, so that no option recompiles anything.
+
+    `temperature` 0 means greedy, `top_k` 0, `top_p` 1 and `min_p` 0 mean off. `seed` is a 64-bit
+    number as two 32-bit words. `prompt_tokens` marks ids that occur in the prompt (for the
+    repetition penalty).
+    """
+
+    temperature: Float[Array, "B"]
+    top_k: Int[Array, "B"]
+    top_p: Float[Array, "B"]
+    min_p: Float[Array, "B"]
+    repetition_penalty: Float[Array, "B"]
+    presence_penalty: Float[Array, "B"]
+    frequency_penalty: Float[Array, "B"]
+    logit_bias: Float[Array, "B V"]
+    prompt_tokens: Bool[Array, "B V"]
+    seed: UInt32[Array, "B 2"]
+    eos_ids: Int[Array, "B E"]
+    max_length: Int[Array, "B"]
+
+
+@struct.dataclass
+class Logprobs:
+    """Log-probabilities of emitted tokens, indexed by position in the text (0 for the prompt)."""
+
+    chosen: Float[Array, "B S"]
+    top: Float[Array, "B S n"]
+    top_ids: Int[Array, "B S n"]
+
+
+@struct.dataclass
+class DecodeState:
+    """A batch in the middle of decoding.
+
+    `tokens[b, :lengths[b]]` is prompt and output of row b. The last of them is emitted but not yet
+    in the cache: `cache.lengths == lengths - 1` between steps. `finish` holds codes of
+    `decoding.finish`. `output_counts` says how often each id was emitted (for penalties).
+    """
+
+    cache: KVCache
+    tokens: Int[Array, "B S"]
+    lengths: Int[Array, "B"]
+    finish: Int[Array, "B"]
+    output_counts: Int[Array, "B V"]
+    logprobs: Logprobs | None
