@@ -1,0 +1,38 @@
+"""ssd-jax: exact LLM decoding at the speed limit, in JAX.
+
+The public names are imported when they are first used, so that the command line's `--help` does not
+wait for JAX.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ssd_jax.config import ModelConfig as ModelConfig
+    from ssd_jax.errors import SsdJaxError as SsdJaxError
+    from ssd_jax.generation import Completion as Completion
+    from ssd_jax.generation import Delta as Delta
+    from ssd_jax.generation import generate as generate
+    from ssd_jax.generation import stream as stream
+    from ssd_jax.model import Model as Model
+    from ssd_jax.model import load_model as load_model
+    from ssd_jax.sampling_params import SamplingParams as SamplingParams
+
+_HOMES = {
+    "Completion": "generation",
+    "Delta": "generation",
+    "Model": "model",
+    "ModelConfig": "config",
+    "SamplingParams": "sampling_params",
+    "SsdJaxError": "errors",
+    "generate": "generation",
+    "load_model": "model",
+    "stream": "generation",
+}
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'ssd_jax' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"ssd_jax.{_HOMES[name]}"), name)

@@ -29,16 +29,18 @@ def cache_bytes(config: ModelConfig, batch_size: int, num_slots: int, dtype: DTy
 
 
 def write_slots(
-    buffer: Float[Array, "B K S H"], new: Float[Array, "B T K H"], start: Int[Array, "B"]
+    buffer: Float[Array, "B K S H"], new: Float[Array, "B T K H"], start: Int[Array, "*B"]
 ) -> Float[Array, "B K S H"]:
     """The buffer with T new tokens of row b in slots start[b] .. start[b] + T - 1.
+
+    A scalar start is the same for all rows.
 
     The caller keeps start + T <= S: a write that overhung would be moved, not cut.
     """
     new = new.swapaxes(1, 2).astype(buffer.dtype)
     zero = jnp.int32(0)
-    if buffer.shape[0] == 1:  # one row: a plain slice update, which XLA does in place
-        return jax.lax.dynamic_update_slice(buffer, new, (zero, zero, start[0], zero))
+    if buffer.shape[0] == 1 or start.ndim == 0:  # a plain slice update, which XLA does in place
+        return jax.lax.dynamic_update_slice(buffer, new, (zero, zero, start.reshape(-1)[0], zero))
     return jax.vmap(
         lambda row, update, first: jax.lax.dynamic_update_slice(row, update, (zero, first, zero))
     )(buffer, new, start)

@@ -105,13 +105,14 @@ LICENCES = {
     "18F-handbook": "CC0-1.0",
     "opensource.guide": "CC-BY",
     "swcarpentry-python": "CC-BY",
-    "OctoPack-OASST": "Apache-2.0 (as stated by the data README; holds code edits besides chats)",
     "OpenAssistant-en100": "Apache-2.0",
     "OASST2-filtered": "Apache-2.0",
     "tldr-pages": "CC-BY-4.0",
     "Taskmaster-4": "CC-BY-4.0",
     "python-stdlib": "PSF-2.0",
 }
+# Part of this source is code edits from third-party repositories, so its stated licence is doubtful.
+EXCLUDED_SOURCES = frozenset({"OctoPack-OASST"})
 
 _INSTRUCTION = re.compile(r"\A### Instruction:\n(.*?)\n+### Response:\n(.*)\Z", re.DOTALL)
 _TURN = re.compile(r"^(User|Assistant):[ \n]", re.MULTILINE)
@@ -183,6 +184,8 @@ def read_corpus_domain(corpus: Path, domain: str) -> Iterator[Document]:
         for line in lines:
             record = json.loads(line)
             text, source = record["text"], record["src"].partition(":")[0]
+            if source in EXCLUDED_SOURCES:
+                continue
             if source not in LICENCES:
                 raise DataError(
                     f"Expected sources with a known licence in {path}, got {source!r}; "

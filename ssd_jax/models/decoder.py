@@ -20,14 +20,15 @@ def forward(
     params: ModelParams,
     tokens: Int[Array, "B T"],
     cache: KVCache,
-    start: Int[Array, "B"],
+    start: Int[Array, "*B"],
 ) -> tuple[Float[Array, "B T D"], KVCache]:
     """Final hidden states (after the last norm) of T tokens a row, and the cache with their keys.
 
-    Token t of row b has position start[b] + t and is written to that slot; slots before it must hold
-    the row's text. The cache's lengths are left alone: the caller knows how many tokens are real.
+    Token t of row b has position start[b] + t (start may be one number for all rows) and is written to
+    that slot; slots before it must hold the row's text. The cache's lengths are left alone: the caller knows how many tokens are real.
     """
-    positions = start[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)
+    first = jnp.broadcast_to(start, tokens.shape[:1])
+    positions = first[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)
     cos, sin = rope_angles(config, positions)
     x = params.embedding[tokens]
     all_keys, all_values = [], []
@@ -41,9 +42,7 @@ def forward(
     return x, cache.replace(keys=tuple(all_keys), values=tuple(all_values))
 
 
-def compute_logits(
-    params: ModelParams, hidden: Float[Array, "B T D"]
-) -> Float[Array, "B T V"]:
+def compute_logits(params: ModelParams, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
     """Next-token logits of the given hidden states, float32."""
     if params.lm_head is None:
         return project("btd,vd->btv", hidden, params.embedding, dtype=jnp.float32)
@@ -56,7 +55,7 @@ def attention_block(
     x: Float[Array, "B T D"],
     keys: Float[Array, "B K S H"],
     values: Float[Array, "B K S H"],
-    start: Int[Array, "B"],
+    start: Int[Array, "*B"],
     cos: Float[Array, "B T H"],
     sin: Float[Array, "B T H"],
 ) -> tuple[Float[Array, "B T D"], Float[Array, "B K S H"], Float[Array, "B K S H"]]:
@@ -64,8 +63,8 @@ def attention_block(
     query, new_keys, new_values = project_qkv(config, layer, x, cos, sin)
     keys = write_slots(keys, new_keys, start)
     values = write_slots(values, new_values, start)
-    attended = attend(query, keys, values, start)
     batch, num_tokens = x.shape[:2]
+    attended = attend(query, keys, values, jnp.broadcast_to(start, (batch,)))
     attended = attended.reshape(
         batch, num_tokens, config.num_kv_heads, config.queries_per_kv, config.head_dim
     )
@@ -111,7 +110,11 @@ def rms_norm(x: Float[Array, "*B C"], scale: Float[Array, "C"], eps: float) -> F
 
 
 def project(
-    equation: str, x: Array, weights: Array, bias: Array | None = None, dtype: DTypeLike | None = None
+    equation: str,
+    x: Array,
+    weights: Array,
+    bias: Array | None = None,
+    dtype: DTypeLike | None = None,
 ) -> Array:
     """einsum(equation, x, weights) + bias, in x's dtype unless told; sums are float32 inside XLA.
 

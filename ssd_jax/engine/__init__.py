@@ -1,0 +1,1 @@
+"""Host-side work around the device programs: building batches, reading results."""

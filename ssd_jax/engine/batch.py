@@ -1,0 +1,188 @@
+"""From prompts and sampling options to the padded arrays that the device programs take."""
+
+import dataclasses
+import secrets
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ssd_jax.buckets import bucket_batch, bucket_count, bucket_slots, prefill_chunks
+from ssd_jax.config import ModelConfig
+from ssd_jax.decoding.finish import Finish
+from ssd_jax.errors import RequestError
+from ssd_jax.memory import batch_bytes, require_memory
+from ssd_jax.model import Model
+from ssd_jax.sampling_params import SamplingParams
+from ssd_jax.types import Sampling
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One row to decode: its prompt as ids, its options, the seed that will be used."""
+
+    prompt_ids: tuple[int, ...]
+    params: SamplingParams
+    seed: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """Requests as arrays; rows past the requests only fill up the batch's padded size."""
+
+    requests: tuple[Request, ...]
+    sampling: Sampling
+    tokens: np.ndarray  # [B, S] int32
+    lengths: np.ndarray  # [B] int32
+    finish: np.ndarray  # [B] int32
+    chunks: tuple[tuple[int, int], ...]
+    num_top_logprobs: int | None
+    max_steps: int
+
+
+def make_requests(
+    model: Model,
+    prompts: Sequence[str | Sequence[int]],
+    params: SamplingParams | Sequence[SamplingParams],
+) -> tuple[Request, ...]:
+    """Requests from prompts (text, or token ids as they are) and one set of options or one each.
+
+    Raises:
+        RequestError: an empty or too long prompt, an id outside the vocabulary, more tokens asked for
+            than the context holds, or numbers of prompts and options that differ.
+    """
+    if isinstance(prompts, str):
+        raise RequestError(
+            "prompts must be a list of texts or of token ids, got one text: wrap it."
+        )
+    if isinstance(params, SamplingParams):
+        params = [params] * len(prompts)
+    if len(params) != len(prompts) or not prompts:
+        raise RequestError(
+            f"There must be one prompt at least, and one SamplingParams for all or for each, got "
+            f"{len(prompts)} prompts and {len(params)} SamplingParams."
+        )
+    return tuple(
+        _make_request(model, prompt, options)
+        for prompt, options in zip(prompts, params, strict=True)
+    )
+
+
+def _make_request(model: Model, prompt: str | Sequence[int], params: SamplingParams) -> Request:
+    if isinstance(prompt, str):
+        if model.tokenizer is None:
+            raise RequestError("This model has no tokenizer: give the prompt as token ids.")
+        ids = tuple(model.tokenizer.encode(prompt))
+    else:
+        ids = tuple(int(token) for token in prompt)
+    context, vocab_size = model.config.max_context, model.config.vocab_size
+    if not ids:
+        raise RequestError(
+            "The prompt is empty, and this tokenizer adds no token in front of it, so there is nothing "
+            "to predict from: give at least one token."
+        )
+    for token in (*ids, *params.logit_bias, *params.stop_token_ids):
+        if not 0 <= token < vocab_size:
+            raise RequestError(
+                f"Token ids must be from 0 to {vocab_size - 1} for this model, got {token}."
+            )
+    if len(ids) >= context:
+        raise RequestError(
+            f"The prompt has {len(ids)} tokens, but the model's context holds {context} and one is "
+            f"needed for the answer: shorten the prompt to {context - 1} tokens."
+        )
+    if params.max_tokens is not None and len(ids) + params.max_tokens > context:
+        raise RequestError(
+            f"A prompt of {len(ids)} tokens and max_tokens {params.max_tokens} exceed the model's "
+            f"context of {context}: lower max_tokens to {context - len(ids)} or shorten the prompt."
+        )
+    if params.stop and model.tokenizer is None:
+        raise RequestError("Stop strings need a tokenizer, and this model has none.")
+    seed = secrets.randbits(64) if params.seed is None else params.seed
+    return Request(prompt_ids=ids, params=params, seed=seed)
+
+
+def make_batch(model: Model, requests: Sequence[Request]) -> Batch:
+    """The requests as padded arrays on the host (options already on the device).
+
+    Raises:
+        MemoryBudgetError: the batch would not fit the device's memory.
+    """
+    config = model.config
+    num_rows = bucket_batch(len(requests))
+    lengths = [len(request.prompt_ids) for request in requests]
+    max_lengths = [_max_length(config, request) for request in requests]
+    chunks = prefill_chunks(max(lengths) - 1)
+    num_slots = bucket_slots(max(*max_lengths, *(start + size for start, size in chunks), 1))
+    dtype = model.params.embedding.dtype
+    require_memory(
+        f"A batch of {num_rows} rows with {num_slots} tokens each",
+        batch_bytes(config, num_rows, num_slots, dtype),
+        jax.devices()[0],
+        "lower max_tokens, shorten the prompts, or send fewer at a time.",
+    )
+    padding = num_rows - len(requests)
+    tokens = np.zeros((num_rows, num_slots), np.int32)
+    for row, request in enumerate(requests):
+        tokens[row, : lengths[row]] = request.prompt_ids
+    asked = [r.params.logprobs for r in requests if r.params.logprobs is not None]
+    return Batch(
+        requests=tuple(requests),
+        sampling=_make_sampling(model, requests, num_rows, max_lengths),
+        tokens=tokens,
+        lengths=np.array(lengths + [1] * padding, np.int32),
+        finish=np.array([Finish.RUNNING] * len(requests) + [Finish.STOP] * padding, np.int32),
+        chunks=tuple(chunks),
+        num_top_logprobs=min(bucket_count(max(asked)), config.vocab_size) if asked else None,
+        max_steps=max(end - start for end, start in zip(max_lengths, lengths, strict=True)),
+    )
+
+
+def _max_length(config: ModelConfig, request: Request) -> int:
+    """Tokens of prompt and output at which the request ends."""
+    if request.params.max_tokens is None:
+        return config.max_context
+    return len(request.prompt_ids) + request.params.max_tokens
+
+
+def _make_sampling(
+    model: Model, requests: Sequence[Request], num_rows: int, max_lengths: Sequence[int]
+) -> Sampling:
+    vocab_size, tokenizer = model.config.vocab_size, model.tokenizer
+    neutral = SamplingParams(seed=0)
+    padding = num_rows - len(requests)
+    options = [request.params for request in requests] + [neutral] * padding
+    bias = np.zeros((num_rows, vocab_size), np.float32)
+    prompt_tokens = np.zeros((num_rows, vocab_size), bool)
+    eos_ids = []
+    for row, params in enumerate(options):
+        bias[row, list(params.logit_bias)] = list(params.logit_bias.values())
+        own = () if params.ignore_eos or tokenizer is None else tokenizer.eos_ids
+        eos_ids.append(sorted({*own, *params.stop_token_ids}))
+    if tokenizer is not None:  # embeddings padded past the tokenizer's last id: never sampled
+        bias[:, tokenizer.vocab_size :] = -np.inf
+    for row, request in enumerate(requests):
+        prompt_tokens[row, list(request.prompt_ids)] = True
+    num_eos = bucket_count(max(1, *map(len, eos_ids)))
+    eos = np.array([ids + [-1] * (num_eos - len(ids)) for ids in eos_ids], np.int32)
+    seeds = [request.seed for request in requests] + [0] * padding
+    words = np.array([[seed >> 32, seed & 0xFFFFFFFF] for seed in seeds], np.uint32)
+
+    def column(name: str, dtype: type) -> jax.Array:
+        return jnp.asarray(np.array([getattr(params, name) for params in options], dtype))
+
+    return Sampling(
+        temperature=column("temperature", np.float32),
+        top_k=column("top_k", np.int32),
+        top_p=column("top_p", np.float32),
+        min_p=column("min_p", np.float32),
+        repetition_penalty=column("repetition_penalty", np.float32),
+        presence_penalty=column("presence_penalty", np.float32),
+        frequency_penalty=column("frequency_penalty", np.float32),
+        logit_bias=jnp.asarray(bias),
+        prompt_tokens=jnp.asarray(prompt_tokens),
+        seed=jnp.asarray(words),
+        eos_ids=jnp.asarray(eos),
+        max_length=jnp.asarray(np.array([*max_lengths, *[1] * padding], np.int32)),
+    )

@@ -1,0 +1,207 @@
+"""The public functions: `generate` for whole outputs, `stream` for text as it comes.
+
+Both run the same programs. Without stop strings the whole loop stays on the device; with them the host
+looks at the text every few tokens, and what was decoded past a stop is dropped.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ssd_jax.decoding.autoregressive import decode, stop_rows
+from ssd_jax.decoding.finish import Finish
+from ssd_jax.decoding.prefill import prefill_chunk
+from ssd_jax.decoding.state import initial_state
+from ssd_jax.engine.batch import Batch, Request, make_batch, make_requests
+from ssd_jax.model import Model
+from ssd_jax.sampling_params import SamplingParams
+from ssd_jax.text import TextStream
+from ssd_jax.types import DecodeState, Logprobs
+
+STEPS_BETWEEN_LOOKS = 8  # tokens that a row decodes before the host reads them when it has to
+_REASONS = {Finish.EOS: "eos", Finish.LENGTH: "length", Finish.STOP: "stop"}
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class TokenLogprobs:
+    """Log-probability (nats) of an emitted token, and of the most likely tokens at its position.
+
+    They are of the law that the token was drawn from; for a greedy row, of its law at temperature 1.
+    """
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Completion:
+    """One finished output.
+
+    Attributes:
+        text: the output without special tokens and without what ended it; empty without tokenizer.
+        token_ids: every emitted token, an EOS token included, up to the one that completed a stop string.
+        finish_reason: "eos" (an EOS or stop id), "stop" (a stop string) or "length".
+        prompt_tokens: tokens of the prompt.
+        seed: what to pass to get the same output again.
+        logprobs: one entry a token if asked for.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: str
+    prompt_tokens: int
+    seed: int
+    logprobs: tuple[TokenLogprobs, ...] | None
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Delta:
+    """News of one row: its new text and tokens, and the completion once it is done."""
+
+    row: int
+    text: str
+    token_ids: tuple[int, ...]
+    completion: Completion | None
+
+
+def generate(
+    model: Model,
+    prompts: Sequence[str | Sequence[int]],
+    params: SamplingParams | Sequence[SamplingParams] = SamplingParams(),
+) -> list[Completion]:
+    """One completion for each prompt, in order; the prompts are decoded together as one batch.
+
+    Exactness: a row's output depends on its own prompt, options and seed alone, not on the others.
+
+    Raises:
+        RequestError, MemoryBudgetError: before anything runs, in words.
+    """
+    requests = make_requests(model, prompts, params)
+    must_look = any(request.params.stop for request in requests)
+    completions: list[Completion | None] = [None] * len(requests)
+    for delta in _run(model, requests, STEPS_BETWEEN_LOOKS if must_look else None):
+        if delta.completion is not None:
+            completions[delta.row] = delta.completion
+    return [completion for completion in completions if completion is not None]
+
+
+def stream(
+    model: Model,
+    prompts: Sequence[str | Sequence[int]],
+    params: SamplingParams | Sequence[SamplingParams] = SamplingParams(),
+) -> Iterator[Delta]:
+    """The same outputs as `generate`, piece by piece; the last piece of a row carries its completion.
+
+    Text never ends within a UTF-8 character or within what may still become a stop string.
+    """
+    return _run(model, make_requests(model, prompts, params), STEPS_BETWEEN_LOOKS)
+
+
+def _run(
+    model: Model, requests: Sequence[Request], steps_between_looks: int | None
+) -> Iterator[Delta]:
+    """Decode the requests, looking at the tokens after the first one and then every so many."""
+    batch = make_batch(model, requests)
+    rows = [_Row(model, index, request) for index, request in enumerate(requests)]
+    state = _prefill(model, batch)
+    num_steps = 1 if steps_between_looks else batch.max_steps
+    while any(row.completion is None for row in rows):
+        state = decode(model.config, model.params, batch.sampling, state, np.int32(num_steps))
+        num_steps = steps_between_looks or batch.max_steps
+        view = jax.device_get((state.tokens, state.lengths, state.finish, state.logprobs))
+        stopped = np.zeros(batch.lengths.shape, bool)
+        for row in rows:
+            if row.completion is None and (delta := row.advance(*view)) is not None:
+                stopped[row.index] = delta.completion is not None
+                yield delta
+        if stopped.any():
+            state = stop_rows(state, stopped)
+
+
+def _prefill(model: Model, batch: Batch) -> DecodeState:
+    """The state after all prompts but their last tokens went through the model."""
+    state = initial_state(
+        model.config,
+        batch.tokens,
+        batch.lengths,
+        batch.finish,
+        dtype=model.params.embedding.dtype,
+        num_top_logprobs=batch.num_top_logprobs,
+    )
+    cache = state.cache
+    for start, size in batch.chunks:
+        tokens = jnp.asarray(batch.tokens[:, start : start + size])
+        cache = prefill_chunk(model.config, model.params, tokens, cache, np.int32(start))
+    return state.replace(cache=cache)
+
+
+class _Row:
+    """What the host keeps for one request while it is decoded."""
+
+    def __init__(self, model: Model, index: int, request: Request) -> None:
+        self.index = index
+        self.completion: Completion | None = None
+        self._request = request
+        self._seen = len(request.prompt_ids)
+        self._text: list[str] = []
+        self._stream = None
+        if model.tokenizer is not None:
+            self._stream = TextStream(model.tokenizer, stops=request.params.stop)
+
+    def advance(
+        self,
+        tokens: np.ndarray,
+        lengths: np.ndarray,
+        finish: np.ndarray,
+        logprobs: Logprobs | None,
+    ) -> Delta | None:
+        """What is new since the last look, or None if nothing is."""
+        prompt_len = len(self._request.prompt_ids)
+        length, code = int(lengths[self.index]), Finish(int(finish[self.index]))
+        if length == self._seen:
+            return None
+        new = tokens[self.index, self._seen : length].tolist()
+        reason = _REASONS.get(code)
+        text = ""
+        if self._stream is not None:
+            delta = self._stream.push(new[:-1] if code == Finish.EOS else new)
+            text = delta.text
+            if not delta.finished and reason is not None:
+                delta = self._stream.flush()
+                text += delta.text
+            if delta.stop is not None:
+                reason, length = "stop", prompt_len + delta.num_tokens
+        new = new[: length - self._seen]
+        self._seen = length
+        self._text.append(text)
+        if reason is not None:
+            self.completion = Completion(
+                text="".join(self._text),
+                token_ids=tuple(tokens[self.index, prompt_len:length].tolist()),
+                finish_reason=reason,
+                prompt_tokens=prompt_len,
+                seed=self._request.seed,
+                logprobs=self._logprobs(tokens, logprobs, length),
+            )
+        return Delta(row=self.index, text=text, token_ids=tuple(new), completion=self.completion)
+
+    def _logprobs(
+        self, tokens: np.ndarray, logprobs: Logprobs | None, length: int
+    ) -> tuple[TokenLogprobs, ...] | None:
+        num_top = self._request.params.logprobs
+        if logprobs is None or num_top is None:
+            return None
+        span = slice(len(self._request.prompt_ids), length)
+        top_ids = np.asarray(logprobs.top_ids)[self.index, span, :num_top].tolist()
+        top = np.asarray(logprobs.top)[self.index, span, :num_top].tolist()
+        chosen = np.asarray(logprobs.chosen)[self.index, span].tolist()
+        return tuple(
+            TokenLogprobs(token_id=token, logprob=value, top=tuple(zip(ids, values, strict=True)))
+            for token, value, ids, values in zip(
+                tokens[self.index, span].tolist(), chosen, top_ids, top, strict=True
+            )
+        )

@@ -1,0 +1,62 @@
+"""A model ready to run: configuration, weights on a device, tokenizer."""
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+import jax
+
+from ssd_jax.checkpointing import load_checkpoint, read_config
+from ssd_jax.config import ModelConfig
+from ssd_jax.errors import CheckpointError
+from ssd_jax.memory import params_bytes, require_memory
+from ssd_jax.text import Tokenizer, load_tokenizer
+from ssd_jax.types import ModelParams
+
+DTypeName = Literal["float32", "bfloat16"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Model:
+    """What `generate` runs; `tokenizer` may be None when prompts are token ids and text is not wanted."""
+
+    config: ModelConfig
+    params: ModelParams
+    tokenizer: Tokenizer | None
+
+
+def load_model(folder: str | Path | None = None, dtype: DTypeName | None = None) -> Model:
+    """The model in a converted or Hugging Face checkpoint folder; None is the bundled demo target.
+
+    `dtype` None keeps what the checkpoint stores, except on a CPU, where float32 decodes at least as
+    fast as bfloat16 for one row and is what exactness is proved in: there it means float32.
+
+    Raises:
+        CheckpointError, ConfigError: see `checkpointing.load_checkpoint`.
+        MemoryBudgetError: the weights do not fit the device.
+    """
+    path = demo_folder("target") if folder is None else Path(folder)
+    device = jax.devices()[0]
+    if dtype is None and device.platform == "cpu":
+        dtype = "float32"
+    config = read_config(path)
+    require_memory(
+        f"Loading {config.num_params:,} weights from {path}",
+        params_bytes(config, dtype or "bfloat16"),
+        device,
+        "free some, use dtype bfloat16, or choose a smaller model.",
+    )
+    loaded = load_checkpoint(path, dtype)
+    return Model(config=loaded.config, params=loaded.params, tokenizer=load_tokenizer(path))
+
+
+def demo_folder(role: Literal["target", "draft"]) -> Path:
+    """Where the demo pair lies: inside the installed package, or beside it in the repository."""
+    package = Path(__file__).parent
+    for folder in (package / "demo" / role, package.parent / "checkpoints" / "demo" / role):
+        if folder.is_dir():
+            return folder
+    raise CheckpointError(
+        f"The demo {role} should be in {package / 'demo' / role}, but it is not there: reinstall "
+        "ssd-jax, or name a checkpoint folder of your own."
+    )
