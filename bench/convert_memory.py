@@ -10,7 +10,6 @@ import argparse
 import dataclasses
 import json
 import math
-import resource
 import subprocess
 import sys
 import tempfile
@@ -26,13 +25,22 @@ from ssd_jax.checkpointing.leaves import weight_dtype
 from ssd_jax.checkpointing.safetensors_files import CONFIG_FILE, INDEX_FILE
 from ssd_jax.config import ModelConfig
 
-_IMPORTS = "import orbax.checkpoint, ssd_jax.checkpointing"
-_CONVERT = """
+# A child inherits its parent's ru_maxrss; VmHWM, which counts from its own start, it does not.
+_REPORT_PEAK = """
+import re
+status = open("/proc/self/status").read()
+print(int(re.search(r"VmHWM:\\s+(\\d+) kB", status)[1]) * 1024)
+"""
+_IMPORT = "import orbax.checkpoint, ssd_jax.checkpointing" + _REPORT_PEAK
+_CONVERT = (
+    """
 import sys
 from pathlib import Path
 import ssd_jax.checkpointing
 ssd_jax.checkpointing.convert(Path(sys.argv[1]), Path(sys.argv[2]))
 """
+    + _REPORT_PEAK
+)
 _MODEL = ModelConfig(
     family="llama",
     vocab_size=32768,
@@ -58,9 +66,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         source, destination = Path(folder, "source"), Path(folder, "converted")
         source_bytes = _write_checkpoint(config, dtype, source)
-        base_peak = _peak_of_child([sys.executable, "-c", _IMPORTS])
+        base_peak = _peak_of_child(_IMPORT)
         start = time.perf_counter()
-        peak = _peak_of_child([sys.executable, "-c", _CONVERT, str(source), str(destination)])
+        peak = _peak_of_child(_CONVERT, source, destination)
         seconds = time.perf_counter() - start
         written = sum(path.stat().st_size for path in destination.rglob("*") if path.is_file())
     specs = leaf_specs(config)
@@ -115,11 +123,10 @@ def _write_checkpoint(config: ModelConfig, dtype: np.dtype, folder: Path) -> int
     return num_bytes
 
 
-def _peak_of_child(command: list[str]) -> int:
-    """Largest resident memory, in bytes, of any child process so far, this one included."""
-    subprocess.run(command, check=True)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * unit
+def _peak_of_child(program: str, *arguments: Path) -> int:
+    """Largest resident memory, in bytes, that the program reports of itself (Linux)."""
+    command = [sys.executable, "-c", program, *map(str, arguments)]
+    return int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 
 if __name__ == "__main__":

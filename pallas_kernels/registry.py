@@ -13,7 +13,7 @@ from pallas_kernels import reference
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Implementation:
-    """One way to compute an op; `unsupported` gives the reason it cannot run on a device, or None."""
+    """One way to compute an op; `unsupported` says why it cannot run on a device, or None."""
 
     name: str
     function: Callable[..., jax.Array]

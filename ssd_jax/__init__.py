@@ -5,7 +5,7 @@ wait for JAX.
 """
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ssd_jax.config import ModelConfig as ModelConfig
@@ -32,7 +32,7 @@ _HOMES = {
 __all__ = list(_HOMES)
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name not in _HOMES:
         raise AttributeError(f"module 'ssd_jax' has no attribute {name!r}")
     return getattr(importlib.import_module(f"ssd_jax.{_HOMES[name]}"), name)

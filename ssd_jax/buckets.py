@@ -23,9 +23,8 @@ def bucket_slots(num_tokens: int) -> int:
 
 
 def prefill_chunks(num_tokens: int) -> list[tuple[int, int]]:
-    """How a prompt is fed: (first token, padded size) of each chunk, covering `num_tokens` tokens."""
-    starts = range(0, num_tokens, PREFILL_CHUNK)
-    chunks = [(start, PREFILL_CHUNK) for start in starts]
+    """How a prompt of `num_tokens` tokens is fed: (first token, padded size) of each chunk."""
+    chunks = [(start, PREFILL_CHUNK) for start in range(0, num_tokens, PREFILL_CHUNK)]
     if chunks:
         start = chunks[-1][0]
         chunks[-1] = (start, max(_SMALLEST_CHUNK, _next_power_of_two(num_tokens - start)))

@@ -1,7 +1,8 @@
 """Model configurations, read from a checkpoint's `config.json`.
 
 `ModelConfig` is frozen and hashable, so it is a static argument of every jitted program. A field of
-`config.json` is either understood, or known not to touch the maths of inference, or refused by name.
+`config.json` is either understood, or known not to touch the maths of inference, or refused by
+name.
 """
 
 import dataclasses
@@ -15,16 +16,23 @@ Family = Literal["llama", "qwen2", "qwen3"]
 FAMILIES: tuple[Family, ...] = ("llama", "qwen2", "qwen3")
 
 # Fields that say how a model was trained, stored or is sampled from, not what it computes.
+# fmt: off
 _IRRELEVANT_FIELDS = frozenset(
-    """_name_or_path _attn_implementation_autoset architectures attention_dropout auto_map bos_token_id
-    chunk_size_feed_forward cross_attention_hidden_size do_sample dtype eos_token_id finetuning_task
-    hidden_dropout id2label initializer_range is_decoder is_encoder_decoder keys_to_ignore_at_inference
-    label2id max_length max_window_layers min_length model_type num_beams output_attentions
-    output_hidden_states pad_token_id prefix pretraining_tp problem_type return_dict rms_norm_eps
-    sep_token_id task_specific_params temperature tie_encoder_decoder tokenizer_class top_k top_p
-    torch_dtype torchscript transformers_version typical_p unsloth_version unsloth_fixed use_bfloat16
-    use_cache""".split()
+    [
+        "_attn_implementation_autoset", "_name_or_path", "architectures",
+        "attention_dropout", "auto_map", "bos_token_id", "chunk_size_feed_forward",
+        "cross_attention_hidden_size", "do_sample", "dtype", "eos_token_id",
+        "finetuning_task", "hidden_dropout", "id2label", "initializer_range", "is_decoder",
+        "is_encoder_decoder", "keys_to_ignore_at_inference", "label2id", "max_length",
+        "max_window_layers", "min_length", "model_type", "num_beams", "output_attentions",
+        "output_hidden_states", "pad_token_id", "prefix", "pretraining_tp", "problem_type",
+        "return_dict", "rms_norm_eps", "sep_token_id", "task_specific_params",
+        "temperature", "tie_encoder_decoder", "tokenizer_class", "top_k", "top_p",
+        "torch_dtype", "torchscript", "transformers_version", "typical_p", "unsloth_fixed",
+        "unsloth_version", "use_bfloat16", "use_cache",
+    ]
 )
+# fmt: on
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,7 +126,8 @@ def model_config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
     """The configuration that a Hugging Face `config.json` describes.
 
     Raises:
-        ConfigError: an unsupported architecture, activation, attention or RoPE kind, a missing size,
+        ConfigError: an unsupported architecture, activation, attention or RoPE kind, a missing
+        size,
             or a field this loader does not know (it might change the maths), always named.
     """
     fields = {name: value for name, value in raw.items() if value is not None}
@@ -193,7 +202,7 @@ def _read_rope(reader: "_FieldReader") -> tuple[float, RopeScaling | None]:
     else:
         raise ConfigError(
             f"Unsupported RoPE type {kind!r}: supported are default, linear and llama3. If the "
-            "checkpoint's config.json offers it as an option for long contexts, remove rope_scaling."
+            "checkpoint's config.json only offers it for long contexts, remove rope_scaling."
         )
     rope.refuse_unread(prefix="rope parameter ")
     return theta, scaling

@@ -1,7 +1,8 @@
 """Errors a user can act on.
 
 Every message says what was expected, what came, and what to do about it. The command line turns any
-`SsdJaxError` into that one sentence on stderr and exit code 2; nothing else in the package calls `exit`.
+`SsdJaxError` into that one sentence on stderr and exit code 2; nothing else in the package calls
+`exit`.
 """
 
 

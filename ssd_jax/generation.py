@@ -1,7 +1,7 @@
 """The public functions: `generate` for whole outputs, `stream` for text as it comes.
 
-Both run the same programs. Without stop strings the whole loop stays on the device; with them the host
-looks at the text every few tokens, and what was decoded past a stop is dropped.
+Both run the same programs. Without stop strings the whole loop stays on the device; with them the
+host looks at the text every few tokens, and what was decoded past a stop is dropped.
 """
 
 import dataclasses
@@ -22,6 +22,7 @@ from ssd_jax.text import TextStream
 from ssd_jax.types import DecodeState, Logprobs
 
 STEPS_BETWEEN_LOOKS = 8  # tokens that a row decodes before the host reads them when it has to
+GREEDY = SamplingParams()
 _REASONS = {Finish.EOS: "eos", Finish.LENGTH: "length", Finish.STOP: "stop"}
 
 
@@ -29,7 +30,8 @@ _REASONS = {Finish.EOS: "eos", Finish.LENGTH: "length", Finish.STOP: "stop"}
 class TokenLogprobs:
     """Log-probability (nats) of an emitted token, and of the most likely tokens at its position.
 
-    They are of the law that the token was drawn from; for a greedy row, of its law at temperature 1.
+    They are of the law that the token was drawn from; for a greedy row, of its law at temperature
+    1.
     """
 
     token_id: int
@@ -43,7 +45,8 @@ class Completion:
 
     Attributes:
         text: the output without special tokens and without what ended it; empty without tokenizer.
-        token_ids: every emitted token, an EOS token included, up to the one that completed a stop string.
+        token_ids: every emitted token, an EOS token included, up to the one that completed a stop
+            string.
         finish_reason: "eos" (an EOS or stop id), "stop" (a stop string) or "length".
         prompt_tokens: tokens of the prompt.
         seed: what to pass to get the same output again.
@@ -71,7 +74,7 @@ class Delta:
 def generate(
     model: Model,
     prompts: Sequence[str | Sequence[int]],
-    params: SamplingParams | Sequence[SamplingParams] = SamplingParams(),
+    params: SamplingParams | Sequence[SamplingParams] = GREEDY,
 ) -> list[Completion]:
     """One completion for each prompt, in order; the prompts are decoded together as one batch.
 
@@ -92,9 +95,9 @@ def generate(
 def stream(
     model: Model,
     prompts: Sequence[str | Sequence[int]],
-    params: SamplingParams | Sequence[SamplingParams] = SamplingParams(),
+    params: SamplingParams | Sequence[SamplingParams] = GREEDY,
 ) -> Iterator[Delta]:
-    """The same outputs as `generate`, piece by piece; the last piece of a row carries its completion.
+    """The outputs of `generate` piece by piece; a row's last piece carries its completion.
 
     Text never ends within a UTF-8 character or within what may still become a stop string.
     """

@@ -1,7 +1,7 @@
 """A dense key/value cache with a length per row: write, rewind, gather.
 
-Slots at or past a row's length may hold anything. Rewinding is therefore a change of lengths, and the
-next write replaces what was rejected.
+Slots at or past a row's length may hold anything. Rewinding is therefore a change of lengths, and
+the next write replaces what was rejected.
 """
 
 import jax

@@ -17,9 +17,9 @@ def params_bytes(config: ModelConfig, dtype: DTypeLike) -> int:
 
 
 def batch_bytes(config: ModelConfig, batch_size: int, num_slots: int, dtype: DTypeLike) -> int:
-    """Bytes that decoding a batch takes besides the weights: cache, options, largest activations."""
-    rows_of_vocabulary = 4 * (4 + 4 + 1) + 4 * 6  # bias, counts, prompt mask; logits and their laws
-    options = batch_size * config.vocab_size * rows_of_vocabulary
+    """Bytes that decoding takes besides the weights: cache, options, largest activations."""
+    # Per row and vocabulary entry: bias and counts, prompt mask, and six float32 laws in flight.
+    options = batch_size * config.vocab_size * (4 + 4 + 1 + 6 * 4)
     chunk = min(PREFILL_CHUNK, num_slots)
     scores = 4 * 2 * batch_size * config.num_heads * chunk * num_slots
     activations = 4 * batch_size * chunk * (4 * config.hidden_size + 3 * config.intermediate_size)

@@ -18,7 +18,7 @@ DTypeName = Literal["float32", "bfloat16"]
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Model:
-    """What `generate` runs; `tokenizer` may be None when prompts are token ids and text is not wanted."""
+    """What `generate` runs; without a tokenizer it takes and gives token ids only."""
 
     config: ModelConfig
     params: ModelParams
@@ -28,8 +28,8 @@ class Model:
 def load_model(folder: str | Path | None = None, dtype: DTypeName | None = None) -> Model:
     """The model in a converted or Hugging Face checkpoint folder; None is the bundled demo target.
 
-    `dtype` None keeps what the checkpoint stores, except on a CPU, where float32 decodes at least as
-    fast as bfloat16 for one row and is what exactness is proved in: there it means float32.
+    `dtype` None keeps what the checkpoint stores, except on a CPU, where float32 decodes at least
+    as fast as bfloat16 for one row and is what exactness is proved in: there it means float32.
 
     Raises:
         CheckpointError, ConfigError: see `checkpointing.load_checkpoint`.

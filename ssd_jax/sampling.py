@@ -1,8 +1,8 @@
 """From logits to a law to a token: the only place where logits are warped, always in float32.
 
 Order: repetition penalty, presence and frequency penalties, logit bias, temperature, top-k, top-p,
-min-p. Randomness is keyed by (seed, absolute position, purpose) and by nothing else, so a row's draws
-depend neither on its batch neighbours nor on the decoding method.
+min-p. Randomness is keyed by (seed, absolute position, purpose) and by nothing else, so a row's
+draws depend neither on its batch neighbours nor on the decoding method.
 """
 
 import enum
@@ -25,8 +25,8 @@ def warp(
 ) -> Float[Array, "B V"]:
     """Log-probabilities of the law that each row's next token is drawn from.
 
-    A greedy row (temperature 0) gets a point mass on its most likely token, the lowest id among equals.
-    Tokens tied with the last one that top-k or top-p admits are admitted too.
+    A greedy row (temperature 0) gets a point mass on its most likely token, the lowest id among
+    equals. Tokens tied with the last one that top-k or top-p admits are admitted too.
     """
     logits = penalize(logits, sampling, output_counts)
     best = jnp.argmax(logits, axis=-1)
@@ -47,8 +47,9 @@ def penalize(
 ) -> Float[Array, "B V"]:
     """Logits after penalties and bias.
 
-    The repetition penalty divides positive and multiplies negative logits of every id seen in prompt
-    or output (Keskar et al. 2019); presence and frequency penalties count the output only (OpenAI).
+    The repetition penalty divides positive and multiplies negative logits of every id seen in
+    prompt or output (Keskar et al. 2019); presence and frequency penalties count the output only
+    (OpenAI).
     """
     logits = logits.astype(jnp.float32)
     seen = sampling.prompt_tokens | (output_counts > 0)
@@ -128,8 +129,8 @@ def reported_logprobs(
 ) -> Float[Array, "B V"]:
     """Log-probabilities that are shown to a user: the row's warped law, in the same float32.
 
-    A greedy row's own law is a point mass, which would say nothing; it reports the law at temperature 1
-    without truncation, after penalties and bias.
+    A greedy row's own law is a point mass, which would say nothing; it reports the law at
+    temperature 1 without truncation, after penalties and bias.
     """
     law = warp(logits, sampling, output_counts)
     plain = jax.nn.log_softmax(penalize(logits, sampling, output_counts), axis=-1)

@@ -111,7 +111,8 @@ LICENCES = {
     "Taskmaster-4": "CC-BY-4.0",
     "python-stdlib": "PSF-2.0",
 }
-# Part of this source is code edits from third-party repositories, so its stated licence is doubtful.
+# Part of this source is code edits from third-party repositories, so its stated licence is
+# doubtful.
 EXCLUDED_SOURCES = frozenset({"OctoPack-OASST"})
 
 _INSTRUCTION = re.compile(r"\A### Instruction:\n(.*?)\n+### Response:\n(.*)\Z", re.DOTALL)

@@ -4,13 +4,14 @@
     python -m checkpoints.train_demo.train --data DATA --out RUN --pair small --stage draft
 
 DATA comes from `checkpoints.train_demo.data`. This one script runs on PyTorch and transformers (an
-environment of its own: `pip install torch transformers safetensors tokenizers numpy rich`): on a CPU
-with a bfloat16 matrix unit its training step was three to four times as fast as XLA's, and the result
-is a Hugging Face checkpoint, which is what our users bring along, too.
+environment of its own: `pip install torch transformers safetensors tokenizers numpy rich`): on a
+CPU with a bfloat16 matrix unit its training step was three to four times as fast as XLA's, and the
+result is a Hugging Face checkpoint, which is what our users bring along, too.
 
-Weights are kept in float32, the arithmetic is bfloat16. A stage can be stopped at any time and goes on
-where it was when started again; with other `--steps` it follows that plan's learning rate from there.
-The last part of each stage uses long windows, so that positions up to the context limit are learnt.
+Weights are kept in float32, the arithmetic is bfloat16. A stage can be stopped at any time and
+goes on where it was when started again; with other `--steps` it follows that plan's learning rate
+from there. The last part of each stage uses long windows, so that positions up to the context
+limit are learnt.
 """
 
 import argparse
@@ -107,7 +108,7 @@ def logits_of(model: LlamaForCausalLM, tokens: torch.Tensor) -> torch.Tensor:
 def stage_loss(
     model: LlamaForCausalLM, teacher: LlamaForCausalLM | None, windows: torch.Tensor
 ) -> torch.Tensor:
-    """Cross-entropy of the next tokens, or the divergence from the teacher's law, in nats a token."""
+    """Cross-entropy of the next tokens or divergence from the teacher's law, in nats a token."""
     tokens, labels = windows[:, :-1], windows[:, 1:]
     logits = logits_of(model, tokens).float().flatten(0, 1)
     if teacher is None:

@@ -21,8 +21,8 @@ def prefill_chunk(
     """The cache with T more tokens of every row in slots start .. start + T - 1.
 
     Rows that are shorter are fed padding: it lands past their length, where it counts for nothing.
-    Lengths are left to the caller. No logits are computed: a prompt's last token is not prefilled but
-    becomes the first input of the decode loop.
+    Lengths are left to the caller. No logits are computed: a prompt's last token is not prefilled
+    but becomes the first input of the decode loop.
     """
     _, cache = forward(config, params, tokens, cache, start)
     return cache

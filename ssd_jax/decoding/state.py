@@ -23,8 +23,8 @@ def initial_state(
 ) -> DecodeState:
     """Prompts in place, an empty cache with as many slots as `tokens` has columns, nothing emitted.
 
-    The cache's lengths already say what prefill is about to write: all of a prompt but its last token.
-    `num_top_logprobs` None records no log-probabilities at all.
+    The cache's lengths already say what prefill is about to write: all of a prompt but its last
+    token. `num_top_logprobs` None records no log-probabilities at all.
     """
     batch, num_slots = tokens.shape
     cache = init_cache(config, batch, num_slots, dtype)

@@ -49,7 +49,8 @@ def make_requests(
     """Requests from prompts (text, or token ids as they are) and one set of options or one each.
 
     Raises:
-        RequestError: an empty or too long prompt, an id outside the vocabulary, more tokens asked for
+        RequestError: an empty or too long prompt, an id outside the vocabulary, more tokens asked
+        for
             than the context holds, or numbers of prompts and options that differ.
     """
     if isinstance(prompts, str):
@@ -79,8 +80,8 @@ def _make_request(model: Model, prompt: str | Sequence[int], params: SamplingPar
     context, vocab_size = model.config.max_context, model.config.vocab_size
     if not ids:
         raise RequestError(
-            "The prompt is empty, and this tokenizer adds no token in front of it, so there is nothing "
-            "to predict from: give at least one token."
+            "The prompt is empty, and this tokenizer adds no token in front of it, so there is "
+            "nothing to predict from: give at least one token."
         )
     for token in (*ids, *params.logit_bias, *params.stop_token_ids):
         if not 0 <= token < vocab_size:

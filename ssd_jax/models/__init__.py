@@ -1,0 +1,1 @@
+"""The decoder: one set of pure functions for all supported families."""

@@ -1,7 +1,7 @@
 """The one decoder of all families (Llama 3.x, Qwen2/2.5, dense Qwen3), as pure functions.
 
-Layers are unrolled, not scanned: on a CPU a scan over stacked layers copies each layer's weights out of
-the stack first, which halves decoding speed (`bench/decode_speed.py --scan` shows it).
+Layers are unrolled, not scanned: on a CPU a scan over stacked layers copies each layer's weights
+out of the stack first, which halves decoding speed (`bench/decode_speed.py --scan` shows it).
 """
 
 import jax
@@ -24,8 +24,9 @@ def forward(
 ) -> tuple[Float[Array, "B T D"], KVCache]:
     """Final hidden states (after the last norm) of T tokens a row, and the cache with their keys.
 
-    Token t of row b has position start[b] + t (start may be one number for all rows) and is written to
-    that slot; slots before it must hold the row's text. The cache's lengths are left alone: the caller knows how many tokens are real.
+    Token t of row b has position start[b] + t (start may be one number for all rows) and is
+    written to that slot; slots before it must hold the row's text. The cache's lengths are left
+    alone: the caller knows how many tokens are real.
     """
     first = jnp.broadcast_to(start, tokens.shape[:1])
     positions = first[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)
@@ -103,7 +104,7 @@ def mlp_block(
 
 
 def rms_norm(x: Float[Array, "*B C"], scale: Float[Array, "C"], eps: float) -> Float[Array, "*B C"]:
-    """x over its root mean square along the last axis, times scale; float32 inside."""
+    """Rows of x over their root mean square, times scale; float32 inside."""
     wide = x.astype(jnp.float32)
     wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
     return wide.astype(x.dtype) * scale

@@ -1,4 +1,6 @@
-"""Parameter trees without a checkpoint: their shapes, and random weights for tests and benchmarks."""
+"""Parameter trees without a checkpoint: shapes alone, or random weights for benchmarks."""
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +13,7 @@ from ssd_jax.types import LayerParams, ModelParams
 def abstract_params(config: ModelConfig, dtype: DTypeLike) -> ModelParams:
     """The parameter tree of a configuration as shapes, nothing allocated."""
 
-    def leaf(*shape: int) -> jax.ShapeDtypeStruct:
+    def leaf(*shape: int) -> Any:
         return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
 
     d, f, h = config.hidden_size, config.intermediate_size, config.head_dim
@@ -41,8 +43,8 @@ def abstract_params(config: ModelConfig, dtype: DTypeLike) -> ModelParams:
 def random_params(config: ModelConfig, seed: int, dtype: DTypeLike) -> ModelParams:
     """Random weights: norms 1, biases 0, matrices normal with a deviation of 0.02 (as GPT-2 does).
 
-    The projections back into the residual stream are smaller by sqrt(2 L), so that the stream's size
-    does not grow with depth.
+    The projections back into the residual stream are smaller by sqrt(2 L), so that the stream's
+    size does not grow with depth.
     """
     residual_deviation = 0.02 * (2 * config.num_layers) ** -0.5
     paths, tree = jax.tree_util.tree_flatten_with_path(abstract_params(config, dtype))

@@ -1,6 +1,7 @@
 """Rotary position embeddings in the rotate-half layout of Hugging Face checkpoints.
 
-Source: Su et al. 2021; the frequency scaling of Llama 3.1 as its published `config.json` defines it.
+Source: Su et al. 2021; the frequency scaling of Llama 3.1 as its published `config.json` defines
+it.
 """
 
 import math
@@ -44,7 +45,7 @@ def rope_angles(
 def apply_rope(
     heads: Float[Array, "B T K G H"], cos: Float[Array, "B T H"], sin: Float[Array, "B T H"]
 ) -> Float[Array, "B T K G H"]:
-    """Heads rotated by their positions' angles; computed in float32, returned in their own dtype."""
+    """Heads rotated by their positions' angles; float32 inside, returned in their own dtype."""
     x = heads.astype(jnp.float32)
     first, second = jnp.split(x, 2, axis=-1)
     rotated = jnp.concatenate([-second, first], axis=-1)

@@ -1,0 +1,115 @@
+"""Leaves in and out of Orbax, a bounded number of bytes at a time.
+
+Orbax copies everything it is given before it writes. Therefore the weights are stored as several
+small Orbax checkpoints, `params/00000` and so on, each of them a dict of leaf name to array of up
+to `PART_BYTES` (or one larger leaf). Orbax is imported where it is needed: that can take a second,
+which loading a Hugging Face folder should not cost.
+"""
+
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from ssd_jax.checkpointing.manifest import StoredLeaf
+from ssd_jax.errors import CheckpointError
+
+PARAMS_FOLDER = "params"
+PART_BYTES = 64 * 2**20
+
+
+def write_parts(folder: Path, leaves: Iterable[tuple[str, np.ndarray]]) -> Iterator[StoredLeaf]:
+    """Where each leaf went, as soon as its part is on disk; the leaves are consumed on the way.
+
+    Memory: three times the largest leaf, or one leaf and three times `PART_BYTES` if that is more.
+
+    Raises:
+        CheckpointError: Orbax cannot write there.
+    """
+    pending: dict[str, np.ndarray] = {}
+    num_parts = 0
+    for name, leaf in leaves:
+        if pending and _num_bytes(pending) + leaf.nbytes > PART_BYTES:
+            yield from _write_part(folder, f"{num_parts:05d}", pending)
+            pending, num_parts = {}, num_parts + 1
+        pending[name] = leaf
+        del leaf
+        if _num_bytes(pending) >= PART_BYTES:  # at once: the next leaf may be as large
+            yield from _write_part(folder, f"{num_parts:05d}", pending)
+            pending, num_parts = {}, num_parts + 1
+    if pending:
+        yield from _write_part(folder, f"{num_parts:05d}", pending)
+
+
+def read_parts(
+    folder: Path, leaves: Iterable[StoredLeaf], dtype: np.dtype
+) -> Iterator[tuple[str, np.ndarray]]:
+    """The listed leaves by name, one part in memory at a time.
+
+    Raises:
+        CheckpointError: a part is absent or damaged, or a leaf is not what the manifest says.
+    """
+    by_part: dict[str, list[StoredLeaf]] = {}
+    for leaf in leaves:
+        by_part.setdefault(leaf.part, []).append(leaf)
+    for part, stored in by_part.items():
+        arrays = _read_part(folder / part)
+        if arrays.keys() != {leaf.name for leaf in stored}:
+            raise _damaged(folder / part, "it does not hold the leaves that the manifest lists")
+        for leaf in stored:
+            array = arrays.pop(leaf.name)
+            if array.shape != leaf.shape or array.dtype != dtype or _crc32(array) != leaf.crc32:
+                raise _damaged(folder / part, f"{leaf.name} is not what the manifest says")
+            yield leaf.name, array
+
+
+def _write_part(folder: Path, part: str, leaves: Mapping[str, np.ndarray]) -> list[StoredLeaf]:
+    """The leaves of one part, after it is on disk."""
+    import orbax.checkpoint as ocp
+
+    try:
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            checkpointer.save((folder / part).absolute(), dict(leaves))
+    except Exception as error:  # tensorstore and Orbax raise many kinds, ENOSPC as ValueError
+        raise CheckpointError(
+            f"Expected to write weights to {folder}, but that failed "
+            f"({_first_line(error)}); check that the folder is writable and the disk not full."
+        ) from error
+    return [
+        StoredLeaf(name=name, part=part, shape=leaf.shape, crc32=_crc32(leaf))
+        for name, leaf in leaves.items()
+    ]
+
+
+def _read_part(path: Path) -> dict[str, np.ndarray]:
+    """Every leaf of one part by name."""
+    import orbax.checkpoint as ocp
+
+    try:
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            arrays = checkpointer.restore(path.absolute())
+    except Exception as error:  # a damaged file shows as one of a dozen kinds
+        raise _damaged(path, _first_line(error)) from error
+    return dict(arrays)
+
+
+def _num_bytes(leaves: Mapping[str, np.ndarray]) -> int:
+    return sum(leaf.nbytes for leaf in leaves.values())
+
+
+def _crc32(array: np.ndarray) -> int:
+    """CRC-32 of an array's bytes in C order."""
+    return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).splitlines()
+    return lines[0][:300] if lines else type(error).__name__
+
+
+def _damaged(path: Path, reason: str) -> CheckpointError:
+    return CheckpointError(
+        f"Expected an Orbax checkpoint at {path}, but it is damaged ({reason}); "
+        "convert the checkpoint again."
+    )
