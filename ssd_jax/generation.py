@@ -139,7 +139,7 @@ def _prefill(model: Model, batch: Batch) -> DecodeState:
     for start, size in batch.chunks:
         tokens = jnp.asarray(batch.tokens[:, start : start + size])
         cache = prefill_chunk(model.config, model.params, tokens, cache, np.int32(start))
-    return state.replace(cache=cache)
+    return dataclasses.replace(state, cache=cache)
 
 
 class _Row:

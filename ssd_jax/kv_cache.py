@@ -4,6 +4,8 @@ Slots at or past a row's length may hold anything. Rewinding is therefore a chan
 the next write replaces what was rejected.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, Int
@@ -48,7 +50,7 @@ def write_slots(
 
 def rewind_cache(cache: KVCache, lengths: Int[Array, "B"]) -> KVCache:
     """The cache with every row cut to `lengths`; a row cannot grow this way."""
-    return cache.replace(lengths=jnp.minimum(cache.lengths, lengths))
+    return dataclasses.replace(cache, lengths=jnp.minimum(cache.lengths, lengths))
 
 
 def gather_rows(cache: KVCache, rows: Int[Array, "B"]) -> KVCache:

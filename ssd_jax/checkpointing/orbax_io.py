@@ -69,7 +69,7 @@ def _write_part(folder: Path, part: str, leaves: Mapping[str, np.ndarray]) -> li
     import orbax.checkpoint as ocp
 
     try:
-        with ocp.PyTreeCheckpointer() as checkpointer:
+        with ocp.PyTreeCheckpointer(use_zarr3=True) as checkpointer:
             checkpointer.save((folder / part).absolute(), dict(leaves))
     except Exception as error:  # tensorstore and Orbax raise many kinds, ENOSPC as ValueError
         raise CheckpointError(
@@ -87,7 +87,7 @@ def _read_part(path: Path) -> dict[str, np.ndarray]:
     import orbax.checkpoint as ocp
 
     try:
-        with ocp.PyTreeCheckpointer() as checkpointer:
+        with ocp.PyTreeCheckpointer(use_zarr3=True) as checkpointer:
             arrays = checkpointer.restore(path.absolute())
     except Exception as error:  # a damaged file shows as one of a dozen kinds
         raise _damaged(path, _first_line(error)) from error

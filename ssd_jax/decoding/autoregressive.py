@@ -1,5 +1,6 @@
 """Plain decoding: one token a step for every row, the whole loop on the device."""
 
+import dataclasses
 import functools
 
 import jax
@@ -54,7 +55,7 @@ def decode_step(
     if logprobs is not None:
         shown = reported_logprobs(logits, sampling, state.output_counts)
         logprobs = record_logprobs(logprobs, shown, token, state.lengths)
-    return emit(state.replace(cache=cache, logprobs=logprobs), sampling, token)
+    return emit(dataclasses.replace(state, cache=cache, logprobs=logprobs), sampling, token)
 
 
 def emit(state: DecodeState, sampling: Sampling, token: Int[Array, "B"]) -> DecodeState:
@@ -68,8 +69,9 @@ def emit(state: DecodeState, sampling: Sampling, token: Int[Array, "B"]) -> Deco
     at_eos = jnp.any(token[:, None] == sampling.eos_ids, axis=1)
     ended = jnp.where(lengths >= sampling.max_length, Finish.LENGTH, Finish.RUNNING)
     ended = jnp.where(at_eos, Finish.EOS, ended)
-    return state.replace(
-        cache=state.cache.replace(lengths=state.cache.lengths + running),
+    return dataclasses.replace(
+        state,
+        cache=dataclasses.replace(state.cache, lengths=state.cache.lengths + running),
         tokens=tokens,
         lengths=lengths,
         finish=jnp.where(running, ended, state.finish),
@@ -98,4 +100,6 @@ def record_logprobs(
 def stop_rows(state: DecodeState, stopped: Array) -> DecodeState:
     """The state with the rows marked in `stopped` [B] ended by the host."""
     running = state.finish == Finish.RUNNING
-    return state.replace(finish=jnp.where(stopped & running, Finish.STOP, state.finish))
+    return dataclasses.replace(
+        state, finish=jnp.where(stopped & running, Finish.STOP, state.finish)
+    )

@@ -1,5 +1,6 @@
 """The state that a batch starts decoding from."""
 
+import dataclasses
 import functools
 
 import jax
@@ -37,7 +38,7 @@ def initial_state(
             top_ids=jnp.zeros(wide, jnp.int32),
         )
     return DecodeState(
-        cache=cache.replace(lengths=lengths - 1),
+        cache=dataclasses.replace(cache, lengths=lengths - 1),
         tokens=tokens,
         lengths=lengths,
         finish=finish,

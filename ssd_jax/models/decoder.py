@@ -4,6 +4,8 @@ Layers are unrolled, not scanned: on a CPU a scan over stacked layers copies eac
 out of the stack first, which halves decoding speed (`bench/decode_speed.py --scan` shows it).
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, Int
@@ -40,7 +42,7 @@ def forward(
         all_keys.append(keys)
         all_values.append(values)
     x = rms_norm(x, params.final_norm, config.rms_norm_eps)
-    return x, cache.replace(keys=tuple(all_keys), values=tuple(all_values))
+    return x, dataclasses.replace(cache, keys=tuple(all_keys), values=tuple(all_values))
 
 
 def compute_logits(params: ModelParams, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
