@@ -116,8 +116,8 @@ def measure(
 
 @jax.jit(static_argnums=0)
 def score(
-    config,
-    params,
+    config: ModelConfig,
+    params: ModelParams,
     inputs: Int[Array, "B T"],
     labels: Int[Array, "B T"],
 ) -> tuple[Float[Array, ""], Int[Array, "B T"]]:
