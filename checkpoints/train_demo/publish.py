@@ -22,9 +22,11 @@ from rich.progress import Progress
 
 from checkpoints.train_demo.data import DOMAINS, load_meta, load_split
 from ssd_jax.checkpointing import export_hf, load_checkpoint
+from ssd_jax.config import ModelConfig
 from ssd_jax.kv_cache import init_cache
 from ssd_jax.model import Model, load_model
 from ssd_jax.models.decoder import compute_logits, forward
+from ssd_jax.types import ModelParams
 
 WINDOW = 512  # tokens of context at most; every window starts afresh
 WINDOWS_A_BATCH = 4
@@ -97,7 +99,8 @@ def measure(
         raise SystemExit("The published target should have a tokenizer; publish it again.")
     batch_tokens = WINDOWS_A_BATCH * WINDOW
     num_batches = (len(tokens) - 1) // batch_tokens
-    nats, agreed = dict.fromkeys(ROLES, 0.0), 0
+    nats: dict[str, float] = dict.fromkeys(ROLES, 0.0)
+    agreed = 0
     for batch in progress.track(range(num_batches), description=domain):
         first = batch * batch_tokens
         inputs = tokens[first : first + batch_tokens].reshape(WINDOWS_A_BATCH, WINDOW)
@@ -122,7 +125,8 @@ def score(
     labels: Int[Array, "B T"],
 ) -> tuple[Float[Array, ""], Int[Array, "B T"]]:
     """Summed cross-entropy in nats, and the most likely token at each position."""
-    cache = init_cache(config, *inputs.shape, params.embedding.dtype)
+    batch, num_tokens = inputs.shape
+    cache = init_cache(config, batch, num_tokens, params.embedding.dtype)
     hidden, _ = forward(config, params, inputs, cache, jnp.int32(0))
     log_probs = jax.nn.log_softmax(compute_logits(params, hidden), axis=-1)
     picked = jnp.take_along_axis(log_probs, labels[..., None], axis=-1)
