@@ -20,7 +20,7 @@ from collections.abc import Callable
 
 def main() -> None:
     """Measure what the command line asks for."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Decode speed against read bandwidth.")
     parser.add_argument("--threads", type=int, default=1, help="processor cores to use (1)")
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--tokens", type=int, default=32, help="tokens in a round (32)")

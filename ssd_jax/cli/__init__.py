@@ -1,0 +1,1 @@
+"""The `ssd-jax` command line."""

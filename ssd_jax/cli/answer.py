@@ -1,0 +1,144 @@
+"""One output of the command line: decoded, printed as it comes, timed."""
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+from ssd_jax.cli.compile_clock import CompileClock
+from ssd_jax.generation import Completion, stream
+from ssd_jax.model import Model
+from ssd_jax.sampling_params import SamplingParams
+
+INTERRUPTED = "interrupted"
+_ENDINGS = {
+    "eos": "stopped by end of text",
+    "stop": "stopped by stop string",
+    "length": "stopped by length",
+    INTERRUPTED: INTERRUPTED,
+}
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Timings:
+    """Seconds, compilation taken out of all but `compile_s`.
+
+    Attributes:
+        first_token_s: from the request to its first token.
+        decode_s: from the first token to the last.
+        compile_s: tracing, lowering, and compiling or fetching compiled programs.
+        tokens_per_s: tokens after the first over `decode_s`; None if there are none.
+    """
+
+    first_token_s: float | None
+    decode_s: float
+    compile_s: float
+    tokens_per_s: float | None
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """What came of one prompt; without a completion if the user interrupted it."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    prompt_tokens: int
+    completion: Completion | None
+    timings: Timings
+
+    @property
+    def finish_reason(self) -> str:
+        """As in `Completion`, or "interrupted"."""
+        return INTERRUPTED if self.completion is None else self.completion.finish_reason
+
+
+def print_answer(
+    model: Model, prompt_ids: Sequence[int], params: SamplingParams, args: argparse.Namespace
+) -> Answer:
+    """The answer to one prompt, after it is printed as the arguments ask; statistics to stderr."""
+    streaming = args.stream and not args.json
+    answer = _decode(model, prompt_ids, params, _print_piece if streaming else _drop)
+    if args.json:
+        print(json.dumps(_as_json(answer, params)), flush=True)
+    else:
+        print("" if streaming else answer.text, flush=True)
+    if not args.quiet:
+        print(_statistics(answer), file=sys.stderr)
+    return answer
+
+
+def _decode(
+    model: Model, prompt_ids: Sequence[int], params: SamplingParams, write: Callable[[str], None]
+) -> Answer:
+    """The answer to one prompt, each piece of its text passed on; Ctrl-C ends it early."""
+    texts: list[str] = []
+    token_ids: list[int] = []
+    completion = first = None
+    with CompileClock() as clock:
+        start = time.perf_counter()
+        try:
+            for delta in stream(model, [prompt_ids], params):
+                if first is None:
+                    first = time.perf_counter() - clock.seconds
+                texts.append(delta.text)
+                token_ids += delta.token_ids
+                completion = delta.completion
+                write(delta.text)
+        except KeyboardInterrupt:
+            pass
+        end = time.perf_counter() - clock.seconds
+    decode_s = 0.0 if first is None else end - first
+    more = len(token_ids) - 1
+    return Answer(
+        text="".join(texts),
+        token_ids=tuple(token_ids),
+        prompt_tokens=len(prompt_ids),
+        completion=completion,
+        timings=Timings(
+            first_token_s=None if first is None else first - start,
+            decode_s=decode_s,
+            compile_s=clock.seconds,
+            tokens_per_s=more / decode_s if more > 0 and decode_s > 0 else None,
+        ),
+    )
+
+
+def _print_piece(text: str) -> None:
+    print(text, end="", flush=True)
+
+
+def _drop(text: str) -> None:
+    """Text that is printed at the end goes nowhere until then."""
+
+
+def _as_json(answer: Answer, params: SamplingParams) -> dict[str, object]:
+    account: dict[str, object] = {
+        "text": answer.text,
+        "token_ids": answer.token_ids,
+        "finish_reason": answer.finish_reason,
+        "usage": {
+            "prompt_tokens": answer.prompt_tokens,
+            "completion_tokens": len(answer.token_ids),
+        },
+        "seed": params.seed,
+        "timings": dataclasses.asdict(answer.timings),
+    }
+    if answer.completion is not None and answer.completion.logprobs is not None:
+        account["logprobs"] = [dataclasses.asdict(entry) for entry in answer.completion.logprobs]
+    return account
+
+
+def _statistics(answer: Answer) -> str:
+    """The last line: tokens, speed, waiting and compiling, why it ended."""
+    timings, number = answer.timings, len(answer.token_ids)
+    parts = [f"{number} token{'s' if number != 1 else ''}"]
+    if timings.tokens_per_s is not None:
+        parts.append(f"{timings.tokens_per_s:,.0f} tokens/s")
+    waited = "no token yet"
+    if timings.first_token_s is not None:
+        waited = f"first token after {timings.first_token_s:.2f} s"
+    parts.append(f"{waited} (+ {timings.compile_s:.1f} s compiling)")
+    parts.append(_ENDINGS[answer.finish_reason])
+    return ", ".join(parts)

@@ -1,0 +1,199 @@
+"""The flags that `generate` and `chat` share, and what they make: sampling options."""
+
+import argparse
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from ssd_jax.cli.parser import number, whole_number
+from ssd_jax.errors import RequestError
+from ssd_jax.sampling_params import SamplingParams
+
+DEFAULT_MAX_TOKENS = 256
+
+
+def add_shared_flags(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags on model, sampling, output and device."""
+    _add_model_flags(parser.add_argument_group("model"))
+    _add_sampling_flags(parser.add_argument_group("sampling"))
+    _add_ending_flags(parser.add_argument_group("end of the output"))
+    _add_output_flags(parser.add_argument_group("what is printed"))
+    _add_device_flags(parser.add_argument_group("device"))
+
+
+def sampling_params(args: argparse.Namespace, room: int) -> SamplingParams:
+    """The sampling options that the arguments ask for; `room` tokens are left in the context.
+
+    Without `--max-tokens` the output is bounded by `DEFAULT_MAX_TOKENS` and by the room.
+    """
+    max_tokens = args.max_tokens
+    if max_tokens is None and room > 0:
+        max_tokens = min(DEFAULT_MAX_TOKENS, room)
+    return SamplingParams(
+        max_tokens=max_tokens,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        min_p=args.min_p,
+        repetition_penalty=args.repetition_penalty,
+        presence_penalty=args.presence_penalty,
+        frequency_penalty=args.frequency_penalty,
+        logit_bias=dict(args.logit_bias),
+        seed=args.seed,
+        stop=tuple(args.stop),
+        stop_token_ids=tuple(args.stop_token_id),
+        ignore_eos=args.ignore_eos,
+        logprobs=args.logprobs,
+    )
+
+
+def _add_model_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--model",
+        metavar="DIR",
+        help="checkpoint folder, converted or in the Hugging Face layout (default: the demo model)",
+    )
+    group.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        help="precision of weights and cache (default: float32 on a CPU, else as stored)",
+    )
+
+
+def _add_sampling_flags(group: argparse._ArgumentGroup) -> None:
+    def add(flag: str, convert: Callable[[str], float], metavar: str, text: str) -> None:
+        name = flag.removeprefix("--").replace("-", "_")
+        default = getattr(SamplingParams(), name)
+        group.add_argument(
+            flag, type=_option(name, convert), default=default, metavar=metavar, help=text
+        )
+
+    add("--temperature", number, "T", "0 is greedy (default: 0)")
+    add("--top-k", whole_number, "K", "keep the K most likely tokens, 0 for all (default: 0)")
+    add(
+        "--top-p",
+        number,
+        "P",
+        "keep the most likely tokens up to this probability, in (0, 1] (default: 1)",
+    )
+    add(
+        "--min-p",
+        number,
+        "P",
+        "drop tokens below this share of the most likely one, in [0, 1) (default: 0)",
+    )
+    add("--repetition-penalty", number, "X", "of tokens seen so far, 1 is none (default: 1)")
+    add("--presence-penalty", number, "X", "off the logit of emitted tokens (default: 0)")
+    add("--frequency-penalty", number, "X", "the same for each time emitted (default: 0)")
+    group.add_argument(
+        "--logit-bias",
+        action="append",
+        type=_logit_bias,
+        default=(),
+        metavar="ID=VALUE",
+        help="add VALUE to the logit of token ID, -inf forbids it (repeatable)",
+    )
+    group.add_argument(
+        "--seed",
+        type=_option("seed", whole_number),
+        default=0,
+        metavar="S",
+        help="the same seed gives the same output; 64 bits (default: 0)",
+    )
+
+
+def _add_ending_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--max-tokens",
+        type=_option("max_tokens", whole_number),
+        metavar="N",
+        help=f"most tokens to emit (default: {DEFAULT_MAX_TOKENS}, or what the context still holds "
+        "if that is less)",
+    )
+    group.add_argument(
+        "--stop",
+        action="append",
+        type=_stop,
+        default=(),
+        metavar="TEXT",
+        help="end before this text (repeatable)",
+    )
+    group.add_argument(
+        "--stop-token-id",
+        action="append",
+        type=whole_number,
+        default=(),
+        metavar="ID",
+        help="end at this token (repeatable)",
+    )
+    _add_switch(group, "--ignore-eos", "go on past the model's end-of-text tokens", default=False)
+
+
+def _add_output_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--logprobs",
+        type=_option("logprobs", whole_number),
+        metavar="N",
+        help="with --json: log-probability (nats) of each token and of the N most likely, 0 to 64",
+    )
+    _add_switch(group, "--json", "one JSON object instead of text", default=False)
+    _add_switch(group, "--stream", "text as it comes rather than at the end", default=True)
+    _add_switch(group, "--quiet", "no statistics on stderr", default=False)
+
+
+def _add_device_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--compilation-cache",
+        metavar="DIR",
+        help="where compiled programs are kept for the next run, 'off' for nowhere (default: a "
+        "folder in the user's cache folder, see `ssd-jax doctor`)",
+    )
+    group.add_argument(
+        "--no-compilation-cache",
+        dest="compilation_cache",
+        action="store_const",
+        const="off",
+        help="the same as --compilation-cache off",
+    )
+
+
+def _add_switch(group: argparse._ArgumentGroup, flag: str, text: str, *, default: bool) -> None:
+    state = "yes" if default else "no"
+    group.add_argument(
+        flag,
+        action=argparse.BooleanOptionalAction,
+        default=default,
+        help=f"{text} (default: {state})",
+    )
+
+
+def _option(name: str, convert: Callable[[str], float]) -> Callable[[str], float]:
+    """A converter that refuses what `SamplingParams` refuses for the field of that name."""
+
+    def read(text: str) -> float:
+        value = convert(text)
+        _check({name: value})
+        return value
+
+    return read
+
+
+def _logit_bias(text: str) -> tuple[int, float]:
+    token, separator, bias = text.partition("=")
+    if not separator:
+        raise argparse.ArgumentTypeError(f"expected ID=VALUE, got {text!r}")
+    entry = whole_number(token), number(bias)
+    _check({"logit_bias": dict([entry])})
+    return entry
+
+
+def _stop(text: str) -> str:
+    _check({"stop": (text,)})
+    return text
+
+
+def _check(options: dict[str, Any]) -> None:
+    try:
+        dataclasses.replace(SamplingParams(), **options)
+    except RequestError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error

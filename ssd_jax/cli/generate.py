@@ -1,0 +1,53 @@
+"""`ssd-jax generate`: text that continues a prompt."""
+
+import argparse
+import sys
+
+from ssd_jax.cli.flags import add_shared_flags, sampling_params
+from ssd_jax.errors import RequestError
+
+_INTERRUPTED_CODE = 130
+
+
+def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments that `run_generate` reads."""
+    parser.add_argument(
+        "prompt", metavar="PROMPT", help="text to continue; - reads it, as it is, from stdin"
+    )
+    parser.add_argument(
+        "--echo",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="print the prompt before the text, not in JSON (default: no)",
+    )
+    add_shared_flags(parser)
+
+
+def run_generate(args: argparse.Namespace) -> int:
+    """Exit code, after the continuation went to stdout.
+
+    Raises:
+        SsdJaxError: the model or the request cannot be served.
+    """
+    prompt = _read_stdin() if args.prompt == "-" else args.prompt
+
+    from ssd_jax.cli.answer import INTERRUPTED, print_answer
+    from ssd_jax.cli.session import open_model
+
+    model, tokenizer = open_model(args)
+    prompt_ids = tokenizer.encode(prompt)
+    params = sampling_params(args, model.config.max_context - len(prompt_ids))
+    if args.echo and not args.json:
+        print(prompt, end="", flush=True)
+    answer = print_answer(model, prompt_ids, params, args)
+    return _INTERRUPTED_CODE if answer.finish_reason == INTERRUPTED else 0
+
+
+def _read_stdin() -> str:
+    try:
+        return sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise RequestError(
+            f"Expected a UTF-8 prompt on stdin, got a broken character at byte {error.start}; "
+            "convert it first."
+        ) from error

@@ -1,0 +1,20 @@
+"""What `generate` and `chat` begin with: JAX set up and a model in memory."""
+
+import argparse
+import sys
+
+from ssd_jax.cli.environment import use_compilation_cache
+from ssd_jax.errors import RequestError
+from ssd_jax.model import Model, load_model
+from ssd_jax.text import Tokenizer
+
+
+def open_model(args: argparse.Namespace) -> tuple[Model, Tokenizer]:
+    """The model that the arguments name, and its tokenizer."""
+    use_compilation_cache(args.compilation_cache)
+    if sys.stderr.isatty() and not args.quiet:
+        print(f"Loading {args.model or 'the demo model'} ...", file=sys.stderr)
+    model = load_model(args.model, args.dtype)
+    if model.tokenizer is None:
+        raise RequestError("The command line needs a model with a tokenizer, got one without.")
+    return model, model.tokenizer

@@ -1,0 +1,175 @@
+import json
+import re
+
+import pytest
+
+import ssd_jax
+from ssd_jax.cli import answer
+
+STATISTICS = re.compile(
+    r"12 tokens, [\d,]+ tokens/s, first token after [\d.]+ s \(\+ [\d.]+ s compiling\), "
+    r"stopped by length\n"
+)
+
+
+@pytest.fixture(scope="module")
+def expected(tiny_checkpoint):
+    """What the Python interface gives for the same request."""
+    model = ssd_jax.load_model(tiny_checkpoint)
+    params = ssd_jax.SamplingParams(max_tokens=12, seed=0)
+    return ssd_jax.generate(model, ["the cat"], params)[0]
+
+
+def test_text_goes_to_stdout_and_statistics_to_stderr(generate, expected):
+    outcome = generate("the cat")
+    assert (outcome.code, outcome.out) == (0, expected.text + "\n")
+    assert STATISTICS.fullmatch(outcome.err)
+
+
+def test_quiet_leaves_stderr_empty(generate):
+    assert generate("the cat", "--quiet").err == ""
+
+
+def test_streaming_does_not_change_the_text(generate, expected):
+    assert generate("the cat", "--no-stream").out == expected.text + "\n"
+
+
+def test_echo_prints_the_prompt_first(generate, expected):
+    assert generate("the cat", "--echo").out == f"the cat{expected.text}\n"
+
+
+def test_json_is_one_object_with_everything(generate, expected):
+    outcome = generate("the cat", "--json", "--logprobs", "2", "--echo")
+    account = json.loads(outcome.out)
+    assert account["text"] == expected.text
+    assert account["token_ids"] == list(expected.token_ids)
+    assert account["finish_reason"] == "length"
+    assert account["usage"] == {
+        "prompt_tokens": expected.prompt_tokens,
+        "completion_tokens": 12,
+    }
+    assert account["seed"] == 0
+    assert account["timings"].keys() == {
+        "first_token_s",
+        "decode_s",
+        "compile_s",
+        "tokens_per_s",
+    }
+    assert [entry["token_id"] for entry in account["logprobs"]] == account["token_ids"]
+    for entry in account["logprobs"]:  # greedy: the chosen token is the most likely one
+        assert entry["top"][0] == [entry["token_id"], entry["logprob"]]
+        assert len(entry["top"]) == 2
+
+
+def test_the_seed_decides_a_sampled_text(generate):
+    outputs = [generate("the cat", "--temperature", "1", "--seed", seed).out for seed in (1, 2, 1)]
+    assert outputs[0] == outputs[2] != outputs[1]
+
+
+def test_a_stop_string_ends_the_text(generate, expected):
+    stop = expected.text[5:8]
+    outcome = generate("the cat", "--stop", stop)
+    assert outcome.out == expected.text[: expected.text.index(stop)] + "\n"
+    assert outcome.err.endswith("stopped by stop string\n")
+
+
+def test_a_stop_token_ends_the_text(generate, expected):
+    outcome = generate("the cat", "--json", "--stop-token-id", expected.token_ids[0])
+    assert json.loads(outcome.out)["finish_reason"] == "eos"
+    assert "1 token," in outcome.err
+
+
+def test_prompt_from_stdin_is_taken_as_it_is(generate):
+    prompt = "the cat\n sat "
+    assert generate("-", "--echo", stdin=prompt.encode()).out == generate(prompt, "--echo").out
+
+
+def test_output_is_bounded_by_the_context(run, chat_checkpoint):
+    outcome = run("generate", "the cat", "--model", chat_checkpoint, "--json", "--ignore-eos")
+    assert sum(json.loads(outcome.out)["usage"].values()) == 64
+
+
+@pytest.fixture
+def interrupted(monkeypatch):
+    """Ctrl-C arrives after the second piece of the text."""
+    whole = answer.stream
+
+    def stream(*arguments):
+        for index, delta in enumerate(whole(*arguments)):
+            if index == 2:
+                raise KeyboardInterrupt
+            yield delta
+
+    monkeypatch.setattr(answer, "stream", stream)
+
+
+def test_interrupted_text_stays(generate, expected, interrupted):
+    outcome = generate("the cat")
+    assert outcome.code == 130
+    text = outcome.out.removesuffix("\n")
+    assert 0 < len(text) < len(expected.text)
+    assert expected.text.startswith(text)
+    assert outcome.err.endswith("interrupted\n")
+
+
+def test_interrupted_json_says_so(generate, expected, interrupted):
+    outcome = generate("the cat", "--json")
+    account = json.loads(outcome.out)
+    assert outcome.code == 130
+    assert account["finish_reason"] == "interrupted"
+    assert account["token_ids"] == list(expected.token_ids)[: len(account["token_ids"])]
+
+
+@pytest.mark.parametrize(
+    ("argv", "fragment"),
+    [
+        ((), "PROMPT"),
+        (("x", "y"), "y"),
+        (("x", "--colour"), "--colour"),
+        (("",), "The prompt is empty"),
+        (("a" * 20000,), "16384"),
+        (("the", "--max-tokens", "0"), "at least 1, got 0"),
+        (("the", "--max-tokens", "16384"), "context of 16384"),
+        (("the", "--temperature", "-1"), "at least 0"),
+        (("the", "--temperature", "nan"), "finite"),
+        (("the", "--top-p", "0"), "(0, 1], got 0.0"),
+        (("the", "--top-p", "1.5"), "(0, 1], got 1.5"),
+        (("the", "--top-k", "few"), "whole number"),
+        (("the", "--seed", "-1"), "seed"),
+        (("the", "--stop", ""), "non-empty"),
+        (("the", "--logit-bias", "7"), "ID=VALUE"),
+        (("the", "--logit-bias", "128=1"), "0 to 127"),
+        (("the", "--stop-token-id", "128"), "0 to 127"),
+        (("the", "--dtype", "float8"), "float8"),
+        (("the", "--model", "no/such/folder"), "no/such/folder"),
+        (("\udc80",), "Unicode"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_code_2(generate, argv, fragment):
+    outcome = generate(*argv)
+    assert (outcome.code, outcome.out) == (2, "")
+    assert outcome.err.startswith("ssd-jax: error: ")
+    assert outcome.err.count("\n") == 1
+    assert fragment in outcome.err
+
+
+def test_a_bad_variable_is_named(generate):
+    outcome = generate("the", SSD_JAX_TOP_P="2")
+    assert (outcome.code, outcome.out) == (2, "")
+    assert "SSD_JAX_TOP_P" in outcome.err
+
+
+def test_stdin_must_be_utf8(generate):
+    outcome = generate("-", stdin=b"caf\xe9")
+    assert (outcome.code, outcome.out) == (2, "")
+    assert "byte 3" in outcome.err
+
+
+def test_damaged_weights_are_an_error(run, tiny_checkpoint, tmp_path):
+    for name in ("config.json", "tokenizer.json"):
+        (tmp_path / name).symlink_to(tiny_checkpoint / name)
+    whole = (tiny_checkpoint / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(whole[:-100])
+    outcome = run("generate", "the", "--model", tmp_path)
+    assert (outcome.code, outcome.out) == (2, "")
+    assert "model.safetensors" in outcome.err
