@@ -1,7 +1,7 @@
 """From a Hugging Face folder to one of our own: Orbax weights, manifest, tokenizer files."""
 
-import hashlib
-from collections.abc import Callable, Iterable, Iterator
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -16,14 +16,21 @@ from ssd_jax.checkpointing.hf_loader import (
 from ssd_jax.checkpointing.leaves import leaf_shapes, weight_dtype
 from ssd_jax.checkpointing.manifest import (
     MANIFEST_FILE,
+    FileRecord,
     Manifest,
-    SourceFile,
     StoredLeaf,
     manifest_to_json,
+    record_file,
     tool_version,
     utc_now,
 )
-from ssd_jax.checkpointing.orbax_io import PARAMS_FOLDER, read_parts, write_parts
+from ssd_jax.checkpointing.orbax_io import (
+    PARAMS_FOLDER,
+    crc32_of,
+    list_files,
+    read_parts,
+    write_parts,
+)
 from ssd_jax.checkpointing.partial_folder import copy_synced, partial_folder, write_synced
 from ssd_jax.checkpointing.safetensors_files import checkpoint_files
 from ssd_jax.errors import CheckpointError
@@ -70,6 +77,7 @@ def convert(
     _refuse_taken(source, destination, overwrite)
     report = progress or _ignore_progress
     try:
+        _refuse_small_disk(destination, checkpoint.config.num_params * target_dtype.itemsize)
         with partial_folder(destination) as partial:
             return _write(checkpoint, partial, target_dtype, report)
     except OSError as error:
@@ -81,13 +89,14 @@ def convert(
 
 def _write(checkpoint: HfCheckpoint, folder: Path, dtype: np.dtype, report: Progress) -> Manifest:
     """Fill the folder, read its weights back, and only then write the manifest."""
-    source_files: tuple[SourceFile, ...] = ()
+    source_files: tuple[FileRecord, ...] = ()
     if not find_problems(checkpoint):  # else the next step says what is wrong, without the wait
         source_files = tuple(_hash_files(checkpoint_files(checkpoint.folder), report))
     total = checkpoint.config.num_params * dtype.itemsize
     leaves = _reported(iter_hf_leaves(checkpoint, dtype), "converting", total, report)
-    stored = tuple(write_parts(folder / PARAMS_FOLDER, leaves))
-    _verify(checkpoint, folder, stored, dtype, report)
+    params = folder / PARAMS_FOLDER
+    checksums = dict(write_parts(params, leaves))
+    _verify(checkpoint, params, checksums, dtype, report)
     names = [name for name in COMPANION_FILES if (checkpoint.folder / name).is_file()]
     for name in names:
         copy_synced(checkpoint.folder / name, folder / name)
@@ -96,7 +105,8 @@ def _write(checkpoint: HfCheckpoint, folder: Path, dtype: np.dtype, report: Prog
         source_config=checkpoint.raw_config,
         dtype=dtype.name,
         num_params=checkpoint.config.num_params,
-        leaves=stored,
+        leaves=tuple(checksums),
+        params_files=tuple(record_file(path, params) for path in list_files(params)),
         source_files=source_files,
         tokenizer_files=tuple(names),
         tool=tool_version(),
@@ -108,21 +118,27 @@ def _write(checkpoint: HfCheckpoint, folder: Path, dtype: np.dtype, report: Prog
 
 def _verify(
     checkpoint: HfCheckpoint,
-    folder: Path,
-    stored: tuple[StoredLeaf, ...],
+    params: Path,
+    checksums: Mapping[StoredLeaf, int],
     dtype: np.dtype,
     report: Progress,
 ) -> None:
     """Read every leaf back, comparing checksums, and the table of leaves with the configuration."""
-    if {leaf.name: leaf.shape for leaf in stored} != leaf_shapes(checkpoint.config):
+    if {leaf.name: leaf.shape for leaf in checksums} != leaf_shapes(checkpoint.config):
         raise CheckpointError(
             f"Expected the leaves of {checkpoint.folder} to be those of its configuration, got "
-            f"{len(stored)} others; report this as a bug of ssd-jax."
+            f"{len(checksums)} others; report this as a bug of ssd-jax."
         )
     total = checkpoint.config.num_params * dtype.itemsize
-    written = read_parts(folder / PARAMS_FOLDER, stored, dtype)
-    for _ in _reported(written, "verifying", total, report):
-        pass
+    expected = {leaf.name: checksum for leaf, checksum in checksums.items()}
+    written = read_parts(params, checksums, dtype)
+    for name, leaf in _reported(written, "verifying", total, report):
+        if crc32_of(leaf) != expected[name]:
+            raise CheckpointError(
+                f"Expected to read back what was written to {params}, but {name} differs; "
+                "check the disk and try again."
+            )
+        del leaf  # else it stays while the next part is read
 
 
 def _reported(
@@ -138,15 +154,13 @@ def _reported(
         report(stage, done, total)
 
 
-def _hash_files(files: Iterable[Path], report: Progress) -> Iterator[SourceFile]:
+def _hash_files(files: Iterable[Path], report: Progress) -> Iterator[FileRecord]:
     """Names, sizes and hashes of the files that hold the weights."""
     sizes = {path: path.stat().st_size for path in files}
     total, done = sum(sizes.values()), 0
     report("hashing", done, total)
     for path, size in sizes.items():
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        yield SourceFile(name=path.name, size=size, sha256=digest)
+        yield record_file(path, path.parent)
         done += size
         report("hashing", done, total)
 
@@ -171,6 +185,17 @@ def _refuse_taken(source: Path, destination: Path, overwrite: bool) -> None:
         f"Expected a converted checkpoint to overwrite, got {destination}, which has no "
         f"{MANIFEST_FILE}; remove it yourself if it may go."
     )
+
+
+def _refuse_small_disk(destination: Path, num_bytes: int) -> None:
+    """Raise unless the weights fit the disk uncompressed: nobody knows before how they compress."""
+    parent = next(path for path in destination.parents if path.is_dir())
+    free = shutil.disk_usage(parent).free
+    if num_bytes > free:
+        raise CheckpointError(
+            f"Expected {num_bytes:,} bytes free for {destination}, got {free:,}: No space left on "
+            "device; free some of it or choose another disk."
+        )
 
 
 def _ignore_progress(stage: str, done: int, total: int) -> None:

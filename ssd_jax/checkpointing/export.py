@@ -118,10 +118,14 @@ def hf_config(config: ModelConfig, dtype: np.dtype) -> dict[str, Any]:
 
 
 def _hf_rope_scaling(scaling: RopeScaling | None) -> dict[str, Any] | None:
-    """The `rope_scaling` field of config.json."""
+    """The `rope_scaling` field of config.json; its kind goes by two names in older versions."""
     if scaling is None:
         return None
-    fields: dict[str, Any] = {"rope_type": scaling.kind, "factor": scaling.factor}
+    fields: dict[str, Any] = {
+        "type": scaling.kind,
+        "rope_type": scaling.kind,
+        "factor": scaling.factor,
+    }
     if scaling.kind == "llama3":
         fields |= {
             "low_freq_factor": scaling.low_freq_factor,

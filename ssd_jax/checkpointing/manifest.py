@@ -2,6 +2,7 @@
 
 import dataclasses
 import datetime
+import hashlib
 import importlib.metadata
 import json
 from collections.abc import Mapping
@@ -17,8 +18,8 @@ FORMAT_VERSION = 1
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class SourceFile:
-    """A file that weights were read from; `size` in bytes, `sha256` in hexadecimal."""
+class FileRecord:
+    """A file that held weights at the time; `size` in bytes, `sha256` in hexadecimal."""
 
     name: str
     size: int
@@ -27,19 +28,19 @@ class SourceFile:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class StoredLeaf:
-    """A leaf inside the Orbax checkpoint `params/<part>`; `crc32` is that of its bytes."""
+    """A leaf inside the Orbax checkpoint `params/<part>`."""
 
     name: str
     part: str
     shape: tuple[int, ...]
-    crc32: int
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
     """Everything about a converted checkpoint except the weights themselves.
 
-    `source_config` is the config.json it was made from, `created` a UTC time in ISO 8601.
+    `source_config` is the config.json it was made from, `params_files` are all files that Orbax
+    wrote, named by their path inside the params folder; `created` is a UTC time in ISO 8601.
     """
 
     config: ModelConfig
@@ -47,11 +48,20 @@ class Manifest:
     dtype: str
     num_params: int
     leaves: tuple[StoredLeaf, ...]
-    source_files: tuple[SourceFile, ...]
+    params_files: tuple[FileRecord, ...]
+    source_files: tuple[FileRecord, ...]
     tokenizer_files: tuple[str, ...]
     tool: str
     created: str
     format_version: int = FORMAT_VERSION
+
+
+def record_file(path: Path, root: Path) -> FileRecord:
+    """Size and hash of a file, named by its path from the root."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    name = path.relative_to(root).as_posix()
+    return FileRecord(name=name, size=path.stat().st_size, sha256=digest)
 
 
 def tool_version() -> str:
@@ -92,9 +102,14 @@ def read_manifest(folder: Path) -> Manifest:
         leaves = tuple(
             StoredLeaf(**dict(leaf, shape=tuple(leaf["shape"]))) for leaf in raw["leaves"]
         )
-        files = tuple(SourceFile(**file) for file in raw["source_files"])
-        typed = {"leaves": leaves, "source_files": files, "config": ModelConfig(**config)}
-        return Manifest(**dict(raw, tokenizer_files=tuple(raw["tokenizer_files"]), **typed))
+        typed = {
+            "config": ModelConfig(**config),
+            "leaves": leaves,
+            "params_files": tuple(FileRecord(**file) for file in raw["params_files"]),
+            "source_files": tuple(FileRecord(**file) for file in raw["source_files"]),
+            "tokenizer_files": tuple(raw["tokenizer_files"]),
+        }
+        return Manifest(**{**raw, **typed})
     except (KeyError, TypeError, ConfigError) as error:
         raise CheckpointError(
             f"Expected a manifest of ssd-jax in {path}, but it is damaged ({error}); "

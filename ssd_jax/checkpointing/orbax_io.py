@@ -6,21 +6,26 @@ to `PART_BYTES` (or one larger leaf). Orbax is imported where it is needed: that
 which loading a Hugging Face folder should not cost.
 """
 
+import contextlib
+import logging
+import sys
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 
-from ssd_jax.checkpointing.manifest import StoredLeaf
+from ssd_jax.checkpointing.manifest import FileRecord, StoredLeaf, record_file
 from ssd_jax.errors import CheckpointError
 
 PARAMS_FOLDER = "params"
 PART_BYTES = 64 * 2**20
 
 
-def write_parts(folder: Path, leaves: Iterable[tuple[str, np.ndarray]]) -> Iterator[StoredLeaf]:
-    """Where each leaf went, as soon as its part is on disk; the leaves are consumed on the way.
+def write_parts(
+    folder: Path, leaves: Iterable[tuple[str, np.ndarray]]
+) -> Iterator[tuple[StoredLeaf, int]]:
+    """Where each leaf went and the CRC-32 of its bytes; the leaves are consumed on the way.
 
     Memory: three times the largest leaf, or one leaf and three times `PART_BYTES` if that is more.
 
@@ -55,29 +60,56 @@ def read_parts(
         by_part.setdefault(leaf.part, []).append(leaf)
     for part, stored in by_part.items():
         arrays = _read_part(folder / part)
-        if arrays.keys() != {leaf.name for leaf in stored}:
-            raise _damaged(folder / part, "it does not hold the leaves that the manifest lists")
         for leaf in stored:
-            array = arrays.pop(leaf.name)
-            if array.shape != leaf.shape or array.dtype != dtype or _crc32(array) != leaf.crc32:
+            array = arrays.pop(leaf.name, None)
+            if array is None or array.shape != leaf.shape or array.dtype != dtype:
                 raise _damaged(folder / part, f"{leaf.name} is not what the manifest says")
             yield leaf.name, array
+            del array
 
 
-def _write_part(folder: Path, part: str, leaves: Mapping[str, np.ndarray]) -> list[StoredLeaf]:
-    """The leaves of one part, after it is on disk."""
+def crc32_of(array: np.ndarray) -> int:
+    """CRC-32 of an array's bytes in C order."""
+    return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+
+
+def list_files(folder: Path) -> tuple[Path, ...]:
+    """Every file that Orbax wrote below a folder."""
+    return tuple(path for path in sorted(folder.rglob("*")) if path.is_file())
+
+
+def check_files(folder: Path, records: Iterable[FileRecord]) -> None:
+    """Return if every recorded file is there, bit for bit.
+
+    Orbax itself notices only some damage, and then not in words for a reader.
+
+    Raises:
+        CheckpointError: a file is absent or has other contents.
+    """
+    for record in records:
+        path = folder / record.name
+        if not path.is_file():
+            raise _damaged(folder, f"{record.name} is absent")
+        if path.stat().st_size != record.size or record_file(path, folder) != record:
+            raise _damaged(folder, f"{record.name} is not the file that was written")
+
+
+def _write_part(
+    folder: Path, part: str, leaves: Mapping[str, np.ndarray]
+) -> list[tuple[StoredLeaf, int]]:
+    """The leaves of one part and their CRC-32, after it is on disk."""
     import orbax.checkpoint as ocp
 
     try:
-        with ocp.PyTreeCheckpointer(use_zarr3=True) as checkpointer:
+        with _quiet(), ocp.PyTreeCheckpointer(use_zarr3=True) as checkpointer:
             checkpointer.save((folder / part).absolute(), dict(leaves))
     except Exception as error:  # tensorstore and Orbax raise many kinds, ENOSPC as ValueError
         raise CheckpointError(
             f"Expected to write weights to {folder}, but that failed "
-            f"({_first_line(error)}); check that the folder is writable and the disk not full."
+            f"({_reason(error)}); check that the folder is writable and the disk not full."
         ) from error
     return [
-        StoredLeaf(name=name, part=part, shape=leaf.shape, crc32=_crc32(leaf))
+        (StoredLeaf(name=name, part=part, shape=leaf.shape), crc32_of(leaf))
         for name, leaf in leaves.items()
     ]
 
@@ -87,10 +119,10 @@ def _read_part(path: Path) -> dict[str, np.ndarray]:
     import orbax.checkpoint as ocp
 
     try:
-        with ocp.PyTreeCheckpointer(use_zarr3=True) as checkpointer:
+        with _quiet(), ocp.PyTreeCheckpointer(use_zarr3=True) as checkpointer:
             arrays = checkpointer.restore(path.absolute())
     except Exception as error:  # a damaged file shows as one of a dozen kinds
-        raise _damaged(path, _first_line(error)) from error
+        raise _damaged(path, _reason(error)) from error
     return dict(arrays)
 
 
@@ -98,14 +130,34 @@ def _num_bytes(leaves: Mapping[str, np.ndarray]) -> int:
     return sum(leaf.nbytes for leaf in leaves.values())
 
 
-def _crc32(array: np.ndarray) -> int:
-    """CRC-32 of an array's bytes in C order."""
-    return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep off stderr what Orbax logs about failures: we raise them, as one sentence.
+
+    When one of several leaves fails, callbacks of the others find Orbax's event loop closed.
+    """
+    logger, hook = logging.getLogger("absl"), sys.unraisablehook
+    level = logger.level
+
+    def report(unraisable: "sys.UnraisableHookArgs") -> None:
+        if "Event loop is closed" not in str(unraisable.exc_value):
+            hook(unraisable)
+
+    logger.setLevel(logging.CRITICAL)
+    sys.unraisablehook = report
+    try:
+        yield
+    finally:
+        sys.unraisablehook = hook
+        logger.setLevel(level)
 
 
-def _first_line(error: Exception) -> str:
-    lines = str(error).splitlines()
-    return lines[0][:300] if lines else type(error).__name__
+def _reason(error: Exception) -> str:
+    """The gist of an error of Orbax or tensorstore, whose own texts run over many lines."""
+    text = str(error)
+    if "No space left on device" in text:
+        return "No space left on device"
+    return text.splitlines()[0].split(" [tensorstore_spec=")[0] if text else type(error).__name__
 
 
 def _damaged(path: Path, reason: str) -> CheckpointError:

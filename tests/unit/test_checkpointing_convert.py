@@ -1,0 +1,414 @@
+"""Conversion: bitwise round trips, refusals, and what interrupted runs leave behind."""
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint
+import pytest
+import tokenizers
+
+from ssd_jax.checkpointing import convert, describe, load_checkpoint
+from ssd_jax.checkpointing.leaves import leaves_of
+from ssd_jax.checkpointing.manifest import read_manifest
+from ssd_jax.errors import CheckpointError
+from ssd_jax.text import load_tokenizer
+
+FIXTURES = Path(__file__).parents[1] / "parity" / "fixtures"
+CASES = sorted(path.name for path in FIXTURES.iterdir())
+ROOT = Path(__file__).parents[2]
+
+
+def assert_same_checkpoint(left, right):
+    assert left.config == right.config
+    left_leaves, right_leaves = leaves_of(left.params), leaves_of(right.params)
+    assert left_leaves.keys() == right_leaves.keys()
+    for name, leaf in left_leaves.items():
+        assert leaf.dtype == right_leaves[name].dtype, name
+        assert np.asarray(leaf).tobytes() == np.asarray(right_leaves[name]).tobytes(), name
+
+
+def partial_folders(folder):
+    return [path.name for path in folder.glob(".*.partial-*")]
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory):
+    """A converted checkpoint that no test changes."""
+    folder = tmp_path_factory.mktemp("converted") / "llama31"
+    convert(FIXTURES / "llama31", folder)
+    return folder
+
+
+@pytest.fixture
+def damaged(converted, tmp_path):
+    """A copy of the converted checkpoint for a test to damage."""
+    return shutil.copytree(converted, tmp_path / "damaged")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_conversion_keeps_every_bit(case, tmp_path):
+    manifest = convert(FIXTURES / case, tmp_path / "new" / case)
+    assert_same_checkpoint(
+        load_checkpoint(tmp_path / "new" / case), load_checkpoint(FIXTURES / case)
+    )
+    assert read_manifest(tmp_path / "new" / case) == manifest
+    assert partial_folders(tmp_path / "new") == []
+
+
+def test_manifest_says_where_the_weights_came_from(tmp_path):
+    source = FIXTURES / "qwen2_5_sharded"
+    manifest = convert(source, tmp_path / "out")
+    expected = {
+        path.name: (path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest())
+        for path in source.glob("model-*.safetensors")
+    }
+    assert {file.name: (file.size, file.sha256) for file in manifest.source_files} == expected
+    assert manifest.source_config == json.loads((source / "config.json").read_text())
+    assert manifest.num_params == load_checkpoint(source).config.num_params
+    text = describe(tmp_path / "out")
+    assert all(sha256 in text for _, sha256 in expected.values())
+    assert f"{manifest.num_params:,}" in text
+
+
+def test_small_parts_hold_the_same_leaves(tmp_path, monkeypatch):
+    monkeypatch.setattr("ssd_jax.checkpointing.orbax_io.PART_BYTES", 20_000)
+    manifest = convert(FIXTURES / "llama31", tmp_path / "out")
+    sizes = {}
+    for leaf in manifest.leaves:
+        sizes.setdefault(leaf.part, []).append(4 * int(np.prod(leaf.shape)))
+    assert len(sizes) > 2
+    assert all(sum(part) <= 20_000 or len(part) == 1 for part in sizes.values())
+    assert_same_checkpoint(load_checkpoint(tmp_path / "out"), load_checkpoint(FIXTURES / "llama31"))
+
+
+def test_dtype_of_conversion_and_of_loading(tmp_path):
+    convert(FIXTURES / "llama", tmp_path / "out", "bfloat16")
+    direct = load_checkpoint(FIXTURES / "llama", "bfloat16")
+    assert_same_checkpoint(load_checkpoint(tmp_path / "out"), direct)
+    widened = load_checkpoint(tmp_path / "out", "float32")
+    assert widened.dtype == np.float32
+    assert np.array_equal(widened.params.embedding, direct.params.embedding.astype(jnp.float32))
+    with pytest.raises(CheckpointError, match="float16"):
+        convert(FIXTURES / "llama", tmp_path / "half", "float16")
+
+
+def test_tokenizer_files_travel_verbatim(tmp_path):
+    source = shutil.copytree(FIXTURES / "llama31", tmp_path / "source")
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "</s>": 2}, unk_token="a"))
+    backend.save(str(source / "tokenizer.json"))
+    (source / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
+    (source / "chat_template.jinja").write_text("{{ messages }}\n")
+    (source / "notes.txt").write_text("not for the converter")
+    manifest = convert(source, tmp_path / "out")
+    assert set(manifest.tokenizer_files) == {
+        "chat_template.jinja",
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    for name in manifest.tokenizer_files:
+        assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes()
+    assert not (tmp_path / "out" / "notes.txt").exists()
+    folder = load_checkpoint(tmp_path / "out").tokenizer_folder
+    assert load_tokenizer(folder).eos_ids == load_tokenizer(source).eos_ids == (2, 3)
+    for line in describe(folder).splitlines():
+        if line.startswith("tokenizer"):
+            assert "WordLevel" in line
+            assert "2, 3" in line
+    assert "chat template  yes" in describe(folder)
+
+
+def test_progress_counts_every_byte_of_every_stage(tmp_path):
+    reports = []
+    convert(
+        FIXTURES / "llama",
+        tmp_path / "out",
+        progress=lambda stage, done, total: reports.append((stage, done, total)),
+    )
+    stages = list(dict.fromkeys(stage for stage, _, _ in reports))
+    assert stages == ["hashing", "converting", "verifying"]
+    for stage in stages:
+        counts = [(done, total) for name, done, total in reports if name == stage]
+        assert counts == sorted(counts)
+        assert counts[0][0] == 0
+        assert counts[-1][0] == counts[-1][1]
+
+
+def test_existing_destination_is_only_replaced_on_request(tmp_path):
+    convert(FIXTURES / "llama", tmp_path / "out")
+    with pytest.raises(CheckpointError, match="out, which exists"):
+        convert(FIXTURES / "qwen2", tmp_path / "out")
+    assert load_checkpoint(tmp_path / "out").config.family == "llama"
+    convert(FIXTURES / "qwen2", tmp_path / "out", overwrite=True)
+    assert_same_checkpoint(load_checkpoint(tmp_path / "out"), load_checkpoint(FIXTURES / "qwen2"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+    (tmp_path / "empty").mkdir()
+    convert(FIXTURES / "qwen2", tmp_path / "empty")
+
+
+def test_overwrite_never_removes_what_is_no_converted_checkpoint(tmp_path):
+    (tmp_path / "thesis.txt").write_text("precious")
+    with pytest.raises(CheckpointError, match=r"no manifest\.json"):
+        convert(FIXTURES / "llama", tmp_path, overwrite=True)
+    with pytest.raises(CheckpointError, match=r"thesis\.txt"):
+        convert(FIXTURES / "llama", tmp_path / "thesis.txt", overwrite=True)
+    source = shutil.copytree(FIXTURES / "llama", tmp_path / "source")
+    for inside in (source, source / "out"):
+        with pytest.raises(CheckpointError, match="outside the source folder"):
+            convert(source, inside, overwrite=True)
+    assert (tmp_path / "thesis.txt").read_text() == "precious"
+
+
+def test_bad_source_leaves_nothing_behind(tmp_path):
+    source = shutil.copytree(FIXTURES / "qwen2_5_sharded", tmp_path / "source")
+    path = source / "model-00002-of-00002.safetensors"
+    contents = path.read_bytes()
+    path.write_bytes(contents[:-4] + np.float32(np.nan).tobytes())
+    with pytest.raises(CheckpointError, match=r"1 not finite in float32: model\.norm"):
+        convert(source, tmp_path / "out")
+    path.write_bytes(contents[:-1])
+    with pytest.raises(CheckpointError, match="damaged or truncated"):
+        convert(source, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+
+
+def test_full_disk_is_a_sentence_and_leaves_nothing(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("ssd_jax.checkpointing.converter.write_synced", fail)
+    with pytest.raises(CheckpointError, match=r"No space left on device.*the disk not full"):
+        convert(FIXTURES / "llama", tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_disk_too_small_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+    needed = 4 * load_checkpoint(FIXTURES / "llama").config.num_params
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage._replace(free=needed - 1))
+    with pytest.raises(CheckpointError, match=f"{needed:,} bytes free .* got {needed - 1:,}"):
+        convert(FIXTURES / "llama", tmp_path / "new" / "out")
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage._replace(free=needed))
+    convert(FIXTURES / "llama", tmp_path / "new" / "out")
+
+
+def test_full_disk_inside_orbax_is_a_sentence_too(tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise ValueError("RESOURCE_EXHAUSTED: Error writing: No space left on device\nand so on")
+
+    monkeypatch.setattr("orbax.checkpoint.PyTreeCheckpointer.save", fail)
+    with pytest.raises(CheckpointError, match=r"No space left on device\).*disk not full\.$"):
+        convert(FIXTURES / "llama", tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_failed_replacement_keeps_the_old_checkpoint(tmp_path, monkeypatch):
+    convert(FIXTURES / "llama", tmp_path / "out")
+    rename = Path.rename
+
+    def fail_for_new(self, target):
+        if target.name == "out" and (self / "manifest.json").read_text().count("qwen2"):
+            raise OSError(errno.EIO, "broken disk")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail_for_new)
+    with pytest.raises(CheckpointError, match="broken disk"):
+        convert(FIXTURES / "qwen2", tmp_path / "out", overwrite=True)
+    assert load_checkpoint(tmp_path / "out").config.family == "llama"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_unwritable_destination_is_a_sentence(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="file/out, but that failed"):
+        convert(FIXTURES / "llama", tmp_path / "file" / "out")
+
+
+def test_second_writer_of_the_same_destination_is_refused(tmp_path):
+    stale = tmp_path / ".out.partial-0123"
+    stale.mkdir()
+    descriptor = os.open(stale, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    with pytest.raises(CheckpointError, match="another process is at it"):
+        convert(FIXTURES / "llama", tmp_path / "out")
+    os.close(descriptor)
+    convert(FIXTURES / "llama", tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_unknown_format_version_is_refused(damaged):
+    path = damaged / "manifest.json"
+    path.write_text(path.read_text().replace('"format_version": 1', '"format_version": 99'))
+    with pytest.raises(CheckpointError, match=r"Expected format version 1 .* got 99"):
+        load_checkpoint(damaged)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda raw: raw.pop("config"),
+        lambda raw: raw["config"].update(hidden_size=-1),
+        lambda raw: raw["leaves"][0].update(surplus=1),
+        lambda raw: raw.update(source_files=3),
+        lambda raw: raw.update(surplus=3),
+    ],
+)
+def test_damaged_manifest_is_refused(damaged, change):
+    raw = json.loads((damaged / "manifest.json").read_text())
+    change(raw)
+    (damaged / "manifest.json").write_text(json.dumps(raw))
+    with pytest.raises(CheckpointError, match=r"manifest of ssd-jax in .*manifest\.json"):
+        load_checkpoint(damaged)
+
+
+def test_manifest_must_fit_its_own_configuration(damaged):
+    raw = json.loads((damaged / "manifest.json").read_text())
+    raw["config"]["num_layers"] += 1
+    (damaged / "manifest.json").write_text(json.dumps(raw))
+    with pytest.raises(CheckpointError, match="leaves of its own configuration"):
+        load_checkpoint(damaged)
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
+def test_every_damaged_or_absent_orbax_file_is_noticed(damage, converted, tmp_path):
+    files = [path for path in (converted / "params").rglob("*") if path.is_file()]
+    for path in files:
+        folder = shutil.copytree(converted, tmp_path / "damaged")
+        target = folder / path.relative_to(converted)
+        contents = bytearray(target.read_bytes())
+        if damage == "remove" or not contents:
+            target.unlink()
+        elif damage == "truncate":
+            target.write_bytes(contents[: len(contents) // 2])
+        else:
+            contents[len(contents) // 2] ^= 0x10
+            target.write_bytes(contents)
+        with pytest.raises(CheckpointError, match=path.name):
+            load_checkpoint(folder)
+        shutil.rmtree(folder)
+
+
+def test_values_that_come_back_different_are_noticed(tmp_path, monkeypatch):
+    save = orbax.checkpoint.PyTreeCheckpointer.save
+
+    def corrupt(self, path, leaves):
+        save(self, path, {name: leaf + (name == "final_norm") for name, leaf in leaves.items()})
+
+    monkeypatch.setattr(orbax.checkpoint.PyTreeCheckpointer, "save", corrupt)
+    with pytest.raises(CheckpointError, match=r"read back .* but final_norm differs"):
+        convert(FIXTURES / "llama", tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_orbax_folder_that_does_not_fit_the_manifest_is_refused(damaged):
+    params = damaged / "params"
+    for message in ("embedding is not what the manifest says", "damaged"):
+        shutil.rmtree(params / "00000")
+        if message != "damaged":
+            with orbax.checkpoint.PyTreeCheckpointer() as checkpointer:
+                checkpointer.save(params / "00000", {"surplus": np.ones(3)})
+        raw = json.loads((damaged / "manifest.json").read_text())
+        raw["params_files"] = []
+        (damaged / "manifest.json").write_text(json.dumps(raw))
+        with pytest.raises(CheckpointError, match=f"params/00000.*{message}"):
+            load_checkpoint(damaged)
+
+
+# Forks a child for every point before jax has started any thread; each child dies by SIGKILL there.
+KILL_PROGRAM = """
+import os, signal, sys
+from pathlib import Path
+import orbax.checkpoint
+import ssd_jax.checkpointing as checkpointing
+from ssd_jax.checkpointing import converter, orbax_io, partial_folder
+
+source, folder = Path(sys.argv[1]), Path(sys.argv[2])
+orbax_io.PART_BYTES = 50_000
+die = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+
+def at(stage, count):
+    calls = []
+    def progress(name, done, total):
+        calls.append(name)
+        if calls.count(stage) == count:
+            die()
+    return lambda: progress
+
+def patched(module, name):
+    def patch():
+        setattr(module, name, die)
+    return patch
+
+points = {
+    "hashing": at("hashing", 1),
+    "first_leaf": at("converting", 2),
+    "later_leaf": at("converting", 9),
+    "verifying": at("verifying", 3),
+    "manifest": patched(converter, "write_synced"),
+    "swap": patched(partial_folder, "_swap_in"),
+    "rename_in_orbax": patched(os, "rename"),
+}
+for name, arm in points.items():
+    child = os.fork()
+    if child == 0:
+        checkpointing.convert(source, folder / name, progress=arm())
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    print(name, os.WIFSIGNALED(status) and os.WTERMSIG(status))
+"""
+
+
+def test_killed_runs_leave_nothing_that_loads_and_a_rerun_completes(tmp_path):
+    source = FIXTURES / "llama31"
+    command = [sys.executable, "-W", "ignore", "-c", KILL_PROGRAM, str(source), str(tmp_path)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
+    outcomes = dict(line.split() for line in done.stdout.splitlines())
+    assert len(outcomes) == 7
+    assert set(outcomes.values()) == {"9"}, done.stderr
+    leftovers = partial_folders(tmp_path)
+    assert len(leftovers) == 7
+    for name in outcomes:
+        with pytest.raises(CheckpointError, match="found none"):
+            load_checkpoint(tmp_path / name)
+    for name in leftovers:
+        if ".swap." not in name:  # there it was complete and only its name is missing
+            with pytest.raises(CheckpointError):
+                load_checkpoint(tmp_path / name)
+    expected = load_checkpoint(source)
+    for name in ("first_leaf", "swap"):
+        convert(source, tmp_path / name)
+        assert_same_checkpoint(load_checkpoint(tmp_path / name), expected)
+        assert not any(f".{name}." in other for other in partial_folders(tmp_path))
+
+
+def test_script_converts_and_reports_errors_on_stderr(tmp_path, monkeypatch, capsys):
+    def run_script():
+        with pytest.raises(SystemExit) as exit_info:
+            runpy.run_path(str(ROOT / "checkpoints" / "convert.py"), run_name="__main__")
+        return exit_info.value.code, capsys.readouterr()
+
+    arguments = [str(FIXTURES / "qwen2"), str(tmp_path / "out"), "--dtype", "bfloat16"]
+    monkeypatch.setattr(sys, "argv", ["convert.py", *arguments])
+    code, output = run_script()
+    assert code == 0
+    loaded = load_checkpoint(tmp_path / "out")
+    assert loaded.dtype == jnp.bfloat16
+    num_params = sum(leaf.size for leaf in leaves_of(loaded.params).values())
+    assert output.out.endswith(f"out: {num_params:,} parameters, bfloat16\n")
+    assert "converting" in output.err
+    code, output = run_script()
+    assert code == 2
+    assert output.out == ""
+    assert "pass --overwrite" in output.err
