@@ -1,12 +1,12 @@
-"""Decode speed at batch 1 against what the memory allows: tokens/s, and the share of read bandwidth.
+"""Decode speed at batch 1 against what the memory allows.
 
     python bench/decode_speed.py [--threads 1] [--dtype float32 bfloat16] [--scan]
 
-A random 60 M-parameter Llama (hidden 512, 12 layers, 8/4 heads, vocabulary 4096) decodes greedily with
-the engine's own program. Each token has to read every weight once, so (bytes of weights read) x
-(tokens/s) over the read bandwidth says how close to the limit it runs. The bandwidth is measured in the
-same run, between the decode rounds, by reading the weights themselves with the fastest of two readers.
-Medians over interleaved rounds; one JSON record on stdout.
+A random 60 M-parameter Llama (hidden 512, 12 layers, 8/4 heads, vocabulary 4096) decodes greedily
+with the engine's own program. Each token has to read every weight once, so (bytes of weights read) x
+(tokens/s) over the read bandwidth says how close to the limit it runs. The bandwidth is measured in
+the same run, between the decode rounds, by reading the weights themselves with the fastest of two
+readers. Medians over interleaved rounds; one JSON record on stdout.
 """
 
 import argparse
@@ -90,7 +90,7 @@ def measure(dtype: str, num_tokens: int, rounds: int, with_scan: bool) -> dict[s
 
 
 def decoder(config, params, num_tokens: int) -> Callable[[], None]:  # noqa: ANN001
-    """The engine's decode loop, `num_tokens` further tokens a call (from the same place each time)."""
+    """The engine's decode loop: the same `num_tokens` tokens at every call."""
     import jax
     import numpy as np
 
@@ -156,7 +156,7 @@ def scanned_decoder(config, params, num_tokens: int) -> Callable[[], None]:  # n
 
 
 def read_bandwidth(buffers) -> float:  # noqa: ANN001
-    """Bytes per second at which this process reads the given arrays, by the fastest of two readers."""
+    """Bytes per second at which this process reads the arrays, by the faster of two readers."""
     import numpy as np
 
     flat = [buffer.reshape(-1).view(np.uint8) for buffer in buffers]

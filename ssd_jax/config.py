@@ -153,7 +153,7 @@ def model_config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
             "head_dim", int, 128 if family == "qwen3" else max(1, hidden_size // max(1, num_heads))
         ),
         max_context=reader.take("max_position_embeddings", int),
-        rms_norm_eps=float(fields.get("rms_norm_eps", 1e-6)),
+        rms_norm_eps=reader.take("rms_norm_eps", float, 1e-6),
         rope_theta=rope_theta,
         rope_scaling=rope_scaling,
         # Qwen2 always has biases on q, k and v; the other two say so themselves.

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 import jax
+import numpy as np
 
 from ssd_jax.checkpointing import load_checkpoint, read_config
 from ssd_jax.config import ModelConfig
@@ -16,13 +17,26 @@ from ssd_jax.types import ModelParams
 DTypeName = Literal["float32", "bfloat16"]
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Model:
-    """What `generate` runs; without a tokenizer it takes and gives token ids only."""
+    """What `generate` runs; without a tokenizer it takes and gives token ids only.
+
+    `unknown_ids` are rows of the embedding that no token of the tokenizer belongs to (many models
+    pad theirs); they are never sampled.
+    """
 
     config: ModelConfig
     params: ModelParams
     tokenizer: Tokenizer | None
+    unknown_ids: np.ndarray = dataclasses.field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        unknown = np.zeros(self.config.vocab_size, bool)
+        if self.tokenizer is not None:
+            known = np.fromiter(self.tokenizer.vocabulary().values(), np.int64)
+            unknown[:] = True
+            unknown[known[known < self.config.vocab_size]] = False
+        object.__setattr__(self, "unknown_ids", np.flatnonzero(unknown))
 
 
 def load_model(folder: str | Path | None = None, dtype: DTypeName | None = None) -> Model:

@@ -56,8 +56,9 @@ def penalize(
     factor = sampling.repetition_penalty[:, None]
     repeated = jnp.where(logits > 0, logits / factor, logits * factor)
     logits = jnp.where(seen, repeated, logits)
-    logits = logits - sampling.presence_penalty[:, None] * (output_counts > 0)
-    logits = logits - sampling.frequency_penalty[:, None] * output_counts.astype(jnp.float32)
+    counts = output_counts.astype(jnp.float32)
+    logits = logits - sampling.presence_penalty[:, None] * jnp.minimum(counts, 1.0)
+    logits = logits - sampling.frequency_penalty[:, None] * counts
     return logits + sampling.logit_bias
 
 
@@ -75,7 +76,9 @@ def truncate(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B
         within_k = ranks < top_k[:, None]
         probs = jax.nn.softmax(jnp.where(within_k, descending, -jnp.inf), axis=-1)
         mass_before = jnp.cumsum(probs, axis=-1) - probs
-        within_p = within_k & ((mass_before < sampling.top_p[:, None]) | (ranks == 0))
+        top_p = sampling.top_p[:, None]
+        # Rounded sums of all mass may exceed 1: top_p 1 must not cut the tail then.
+        within_p = within_k & ((mass_before < top_p) | (ranks == 0) | (top_p >= 1))
         last = jnp.sum(within_p, axis=-1, keepdims=True) - 1
         threshold = jnp.take_along_axis(descending, last, axis=-1)
         off = (top_k == vocab_size) & (sampling.top_p >= 1)

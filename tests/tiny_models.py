@@ -1,57 +1,63 @@
 """Tiny random models of every family, and the naive computations that the tests compare with.
 
-The reference is float64 numpy, without cache, batch or jit: the whole text goes through the whole model
-for every token. It shares nothing with the package but the layout of the weights.
+The reference is float64 numpy, without cache, batch or jit: the whole text goes through the whole
+model for every token. It shares nothing with the package but the layout of the weights.
 """
 
 import dataclasses
 import functools
 import math
+import string
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tokenizers
+from tokenizers import decoders, models
 
 from ssd_jax.config import ModelConfig, RopeScaling
 from ssd_jax.model import Model
 from ssd_jax.models.init import abstract_params
 from ssd_jax.sampling_params import SamplingParams
+from ssd_jax.text import Tokenizer
 from ssd_jax.types import ModelParams
 
 LOGIT_SPREAD = 3.0  # standard deviation of the logits
-SMALLEST_GAP = 1e-3  # best less second best: far above float32's error, so that no token is a toss-up
+SMALLEST_GAP = (
+    1e-3  # best less second best: far above float32's error, so that no token is a toss-up
+)
 
-_SIZES = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_layers": 2,
-    "num_heads": 4,
-    "num_kv_heads": 2,
-    "head_dim": 8,
-    "max_context": 1024,
-}
+_LLAMA = ModelConfig(
+    family="llama",
+    vocab_size=64,
+    hidden_size=32,
+    intermediate_size=48,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    max_context=1024,
+)
 _LLAMA3_ROPE = RopeScaling(
     kind="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_context=64
 )
 CONFIGS = {
-    "llama": ModelConfig(family="llama", **_SIZES),
-    "llama_tied": ModelConfig(
-        family="llama",
+    "llama": _LLAMA,
+    "llama_tied": dataclasses.replace(
+        _LLAMA,
+        num_kv_heads=4,
         tied_embeddings=True,
         qkv_bias=True,
         output_bias=True,
         mlp_bias=True,
-        **_SIZES | {"num_kv_heads": 4},
     ),
-    "llama3_rope": ModelConfig(
-        family="llama", rope_scaling=_LLAMA3_ROPE, rope_theta=500_000.0, **_SIZES
+    # With this base the four pairs of a head lie in all three bands of the scaling.
+    "llama3_rope": dataclasses.replace(_LLAMA, rope_scaling=_LLAMA3_ROPE, rope_theta=625.0),
+    "qwen2": dataclasses.replace(
+        _LLAMA, family="qwen2", num_kv_heads=1, qkv_bias=True, tied_embeddings=True
     ),
-    "qwen2": ModelConfig(
-        family="qwen2", qkv_bias=True, tied_embeddings=True, **_SIZES | {"num_kv_heads": 1}
-    ),
-    "qwen3": ModelConfig(family="qwen3", qk_norm=True, **_SIZES | {"head_dim": 16}),
+    "qwen3": dataclasses.replace(_LLAMA, family="qwen3", head_dim=16, qk_norm=True),
 }
 FAMILY_NAMES = tuple(CONFIGS)
 
@@ -82,8 +88,8 @@ class TinyModel:
     ) -> list[int]:
         """The next `num_tokens` tokens, with the law that `params` asks for (greedy without).
 
-        `noise[i]` [V] is added to the log-probabilities of output token i before its argmax. A choice
-        too close to call fails the test: it needs another prompt.
+        `noise[i]` [V] is added to the log-probabilities of output token i before its argmax. A
+        choice too close to call fails the test: it needs another prompt.
         """
         params = params or SamplingParams()
         output: list[int] = []
@@ -108,7 +114,7 @@ def tiny(name: str) -> TinyModel:
 
 
 def make_tiny(config: ModelConfig, seed: int = 0) -> TinyModel:
-    """A tiny model whose logits vary by several units, and whose norms and biases are not trivial."""
+    """A tiny model: its logits vary by several units, its norms and biases are not trivial."""
     rng = np.random.default_rng(seed)
 
     def weight(path, leaf):
@@ -128,14 +134,37 @@ def make_tiny(config: ModelConfig, seed: int = 0) -> TinyModel:
     return TinyModel(config=config, params=params, weights=weights)
 
 
+@functools.cache
+def tiny_tokenizer(eos_ids: tuple[int, ...] = ()) -> Tokenizer:
+    """A byte-level tokenizer: letters, a space, the two bytes of "é", three longer tokens, "</s>".
+
+    It knows fewer ids than the tiny models have rows in their embeddings.
+    """
+    two_bytes = "\u00c3\u00a9"  # how byte-level tokenizers write C3 A9
+    tokens = [*string.ascii_letters, "\u0120", *two_bytes, "th", "He", "oo"]
+    backend = tokenizers.Tokenizer(
+        models.BPE(vocab={token: index for index, token in enumerate(tokens)}, merges=[])
+    )
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(["</s>"])
+    return Tokenizer(
+        backend=backend,
+        bos_token=None,
+        eos_token="</s>",
+        bos_id=None,
+        eos_ids=eos_ids,
+        chat_template=None,
+        processor_adds_bos=False,
+        config_adds_bos=False,
+    )
+
+
 def prompt_ids(length: int, seed: int = 0, vocab_size: int = 48) -> list[int]:
     """A random prompt; the default keeps to ids that the tests' small tokenizer knows."""
     return np.random.default_rng([seed, length]).integers(0, vocab_size, length).tolist()
 
 
-def reference_logits(
-    config: ModelConfig, weights: ModelParams, ids: Sequence[int]
-) -> np.ndarray:
+def reference_logits(config: ModelConfig, weights: ModelParams, ids: Sequence[int]) -> np.ndarray:
     """Logits [T, V] of a text: every token attends to itself and to all before it."""
     x = weights.embedding[np.asarray(ids)]
     num_tokens, eps = len(ids), config.rms_norm_eps
@@ -173,7 +202,7 @@ def reference_logits(
 
 
 def reference_frequencies(config: ModelConfig) -> np.ndarray:
-    """RoPE's radians per token [H/2], by wavelength bands as the Llama 3.1 paper's release has them."""
+    """RoPE's radians per token [H/2]; Llama 3.1's scaling told in wavelengths."""
     half = config.head_dim // 2
     plain = [config.rope_theta ** (-pair / half) for pair in range(half)]
     scaling = config.rope_scaling
@@ -219,7 +248,7 @@ def reference_penalties(
 def reference_law(
     logits: np.ndarray, params: SamplingParams, prompt: Sequence[int], output: Sequence[int]
 ) -> np.ndarray:
-    """Log-probabilities [V] of the next token: the order and the tie rule that `sampling` documents."""
+    """Log-probabilities [V] of the next token, in `sampling`'s order and with its tie rule."""
     logits = reference_penalties(logits, params, prompt, output)
     if params.temperature == 0:
         law = np.full(logits.shape, -np.inf)
@@ -237,7 +266,10 @@ def reference_law(
     kept = logits >= threshold
     if params.min_p > 0:
         kept &= np.exp(logits - logits.max()) >= np.float32(params.min_p)
-    return np.log(_softmax(np.where(kept, logits, -np.inf)), where=kept, out=np.full(logits.shape, -np.inf))
+    kept &= np.isfinite(logits)
+    law = np.full(logits.shape, -np.inf)
+    law[kept] = np.log(_softmax(logits[kept]))
+    return law
 
 
 def _normalise(x: np.ndarray, scale: np.ndarray, eps: float) -> np.ndarray:

@@ -62,16 +62,17 @@ def emit(state: DecodeState, sampling: Sampling, token: Int[Array, "B"]) -> Deco
     """The state with one token appended to every running row, and rows that end with it marked."""
     rows = jnp.arange(token.shape[0])
     running = state.finish == Finish.RUNNING
+    added = running.astype(jnp.int32)
     kept = jnp.take_along_axis(state.tokens, state.lengths[:, None], axis=1)[:, 0]
     tokens = state.tokens.at[rows, state.lengths].set(jnp.where(running, token, kept))
-    lengths = state.lengths + running
-    counts = state.output_counts.at[rows, token].add(running.astype(jnp.int32))
+    lengths = state.lengths + added
+    counts = state.output_counts.at[rows, token].add(added)
     at_eos = jnp.any(token[:, None] == sampling.eos_ids, axis=1)
     ended = jnp.where(lengths >= sampling.max_length, Finish.LENGTH, Finish.RUNNING)
     ended = jnp.where(at_eos, Finish.EOS, ended)
     return dataclasses.replace(
         state,
-        cache=dataclasses.replace(state.cache, lengths=state.cache.lengths + running),
+        cache=dataclasses.replace(state.cache, lengths=state.cache.lengths + added),
         tokens=tokens,
         lengths=lengths,
         finish=jnp.where(running, ended, state.finish),

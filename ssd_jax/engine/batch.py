@@ -161,8 +161,7 @@ def _make_sampling(
         bias[row, list(params.logit_bias)] = list(params.logit_bias.values())
         own = () if params.ignore_eos or tokenizer is None else tokenizer.eos_ids
         eos_ids.append(sorted({*own, *params.stop_token_ids}))
-    if tokenizer is not None:  # embeddings padded past the tokenizer's last id: never sampled
-        bias[:, tokenizer.vocab_size :] = -np.inf
+    bias[:, model.unknown_ids] = -np.inf
     for row, request in enumerate(requests):
         prompt_tokens[row, list(request.prompt_ids)] = True
     num_eos = bucket_count(max(1, *map(len, eos_ids)))

@@ -35,7 +35,7 @@ def case(request):
 
 
 def relative_error(got, expected):
-    """The largest deviation of any vector along the last axis, over that vector's largest element."""
+    """The largest deviation in any vector (last axis), over that vector's largest element."""
     got, expected = np.asarray(got, np.float64), np.asarray(expected, np.float64)
     assert got.shape == expected.shape
     assert np.isfinite(got).all()

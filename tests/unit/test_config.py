@@ -127,7 +127,10 @@ REFUSED = [
     ({"rms_norm_eps": 0.0}, ["rms_norm_eps", "0.0"]),
     ({"rms_norm_eps": "small"}, ["rms_norm_eps", "'small'"]),
     ({"use_sliding_window": True, "sliding_window": 128}, ["use_sliding_window", "True"]),
-    ({"layer_types": ["full_attention", "sliding_attention"]}, ["layer_types", "sliding_attention"]),
+    (
+        {"layer_types": ["full_attention", "sliding_attention"]},
+        ["layer_types", "sliding_attention"],
+    ),
     ({"hidden_act": "gelu"}, ["hidden_act", "'gelu'"]),
     ({"quantization_config": {"quant_method": "gptq"}}, ["quantization_config", "gptq"]),
     ({"logit_scale": 0.5}, ["logit_scale", "0.5"]),
