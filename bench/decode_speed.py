@@ -3,7 +3,7 @@
     python bench/decode_speed.py [--threads 1] [--dtype float32 bfloat16] [--scan]
 
 A random 60 M-parameter Llama (hidden 512, 12 layers, 8/4 heads, vocabulary 4096) decodes greedily
-with the engine's own program. Each token has to read every weight once, so (bytes of weights read) x
+with the engine's own program. Each token has to read every weight once, so (bytes of weights) x
 (tokens/s) over the read bandwidth says how close to the limit it runs. The bandwidth is measured in
 the same run, between the decode rounds, by reading the weights themselves with the fastest of two
 readers. Medians over interleaved rounds; one JSON record on stdout.

@@ -1,10 +1,10 @@
 """Parameter trees without a checkpoint: shapes alone, or random weights for benchmarks."""
 
-from typing import cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, DTypeLike
+from jaxtyping import DTypeLike
 
 from ssd_jax.config import ModelConfig
 from ssd_jax.types import LayerParams, ModelParams
@@ -13,8 +13,8 @@ from ssd_jax.types import LayerParams, ModelParams
 def abstract_params(config: ModelConfig, dtype: DTypeLike) -> ModelParams:
     """The parameter tree of a configuration as shapes, nothing allocated."""
 
-    def leaf(*shape: int) -> Array:
-        return cast(Array, jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)))
+    def leaf(*shape: int) -> Any:  # noqa: ANN401 - a shape where the tree wants an array
+        return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
 
     d, f, h = config.hidden_size, config.intermediate_size, config.head_dim
     k, g = config.num_kv_heads, config.queries_per_kv
