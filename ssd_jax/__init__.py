@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ssd_jax.config import ModelConfig as ModelConfig
+    from ssd_jax.engine.speculation import Speculation as Speculation
     from ssd_jax.errors import SsdJaxError as SsdJaxError
     from ssd_jax.generation import Completion as Completion
     from ssd_jax.generation import Delta as Delta
@@ -24,6 +25,7 @@ _HOMES = {
     "Model": "model",
     "ModelConfig": "config",
     "SamplingParams": "sampling_params",
+    "Speculation": "engine.speculation",
     "SsdJaxError": "errors",
     "generate": "generation",
     "load_model": "model",

@@ -8,18 +8,16 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from ssd_jax.decoding.autoregressive import decode, stop_rows
 from ssd_jax.decoding.finish import Finish
-from ssd_jax.decoding.prefill import prefill_chunk
-from ssd_jax.decoding.state import initial_state
-from ssd_jax.engine.batch import Batch, Request, make_batch, make_requests
+from ssd_jax.engine.batch import Request, make_batch, make_requests
+from ssd_jax.engine.method import autoregressive, speculative
+from ssd_jax.engine.speculation import Speculation, check_pair
 from ssd_jax.model import Model
 from ssd_jax.sampling_params import SamplingParams
 from ssd_jax.text import TextStream
-from ssd_jax.types import DecodeState, Logprobs
+from ssd_jax.types import Logprobs, SpeculationStats
 
 STEPS_BETWEEN_LOOKS = 8  # tokens that a row decodes before the host reads them when it has to
 GREEDY = SamplingParams()
@@ -40,6 +38,28 @@ class TokenLogprobs:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class SpeculationCounts:
+    """What speculation did for one request.
+
+    Attributes:
+        target_steps: verifications, that is passes of the target after prefill.
+        drafted: tokens proposed.
+        accepted: proposed tokens that were emitted.
+        accepted_at: how often the token at each draft position was accepted.
+    """
+
+    target_steps: int
+    drafted: int
+    accepted: int
+    accepted_at: tuple[int, ...]
+
+    @property
+    def acceptance_rate(self) -> float:
+        """Accepted over drafted tokens."""
+        return self.accepted / self.drafted if self.drafted else 0.0
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Completion:
     """One finished output.
 
@@ -51,6 +71,7 @@ class Completion:
         prompt_tokens: tokens of the prompt.
         seed: what to pass to get the same output again.
         logprobs: one entry a token if asked for.
+        speculation: its statistics, if there was any.
     """
 
     text: str
@@ -59,6 +80,7 @@ class Completion:
     prompt_tokens: int
     seed: int
     logprobs: tuple[TokenLogprobs, ...] | None
+    speculation: SpeculationCounts | None
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +97,8 @@ def generate(
     model: Model,
     prompts: Sequence[str | Sequence[int]],
     params: SamplingParams | Sequence[SamplingParams] = GREEDY,
+    *,
+    speculation: Speculation | None = None,
 ) -> list[Completion]:
     """One completion for each prompt, in order; the prompts are decoded together as one batch.
 
@@ -86,7 +110,8 @@ def generate(
     requests = make_requests(model, prompts, params)
     must_look = any(request.params.stop for request in requests)
     completions: list[Completion | None] = [None] * len(requests)
-    for delta in _run(model, requests, STEPS_BETWEEN_LOOKS if must_look else None):
+    looks = STEPS_BETWEEN_LOOKS if must_look else None
+    for delta in _run(model, requests, speculation, looks):
         if delta.completion is not None:
             completions[delta.row] = delta.completion
     return [completion for completion in completions if completion is not None]
@@ -96,50 +121,47 @@ def stream(
     model: Model,
     prompts: Sequence[str | Sequence[int]],
     params: SamplingParams | Sequence[SamplingParams] = GREEDY,
+    *,
+    speculation: Speculation | None = None,
 ) -> Iterator[Delta]:
     """The outputs of `generate` piece by piece; a row's last piece carries its completion.
 
     Text never ends within a UTF-8 character or within what may still become a stop string.
     """
-    return _run(model, make_requests(model, prompts, params), STEPS_BETWEEN_LOOKS)
+    requests = make_requests(model, prompts, params)
+    return _run(model, requests, speculation, STEPS_BETWEEN_LOOKS)
 
 
 def _run(
-    model: Model, requests: Sequence[Request], steps_between_looks: int | None
+    model: Model,
+    requests: Sequence[Request],
+    speculation: Speculation | None,
+    steps_between_looks: int | None,
 ) -> Iterator[Delta]:
-    """Decode the requests, looking at the tokens after the first one and then every so many."""
-    batch = make_batch(model, requests)
+    """Decode the requests, looking at the tokens after the first step and then every so many."""
+    if speculation is None:
+        method, draft_len = autoregressive(model), 0
+    else:
+        check_pair(model, speculation.draft)
+        method, draft_len = speculative(model, speculation), speculation.draft_len
+    batch = make_batch(model, requests, draft_len=draft_len)
     rows = [_Row(model, index, request) for index, request in enumerate(requests)]
-    state = _prefill(model, batch)
+    state = method.prefill(batch)
     num_steps = 1 if steps_between_looks else batch.max_steps
     while any(row.completion is None for row in rows):
-        state = decode(model.config, model.params, batch.sampling, state, np.int32(num_steps))
+        state = method.advance(batch, state, num_steps)
         num_steps = steps_between_looks or batch.max_steps
-        view = jax.device_get((state.tokens, state.lengths, state.finish, state.logprobs))
+        target, stats = method.view(state)
+        view = jax.device_get(
+            (target.tokens, target.lengths, target.finish, target.logprobs, stats)
+        )
         stopped = np.zeros(batch.lengths.shape, bool)
         for row in rows:
             if row.completion is None and (delta := row.advance(*view)) is not None:
                 stopped[row.index] = delta.completion is not None
                 yield delta
         if stopped.any():
-            state = stop_rows(state, stopped)
-
-
-def _prefill(model: Model, batch: Batch) -> DecodeState:
-    """The state after all prompts but their last tokens went through the model."""
-    state = initial_state(
-        model.config,
-        batch.tokens,
-        batch.lengths,
-        batch.finish,
-        dtype=model.params.embedding.dtype,
-        num_top_logprobs=batch.num_top_logprobs,
-    )
-    cache = state.cache
-    for start, size in batch.chunks:
-        tokens = jnp.asarray(batch.tokens[:, start : start + size])
-        cache = prefill_chunk(model.config, model.params, tokens, cache, np.int32(start))
-    return dataclasses.replace(state, cache=cache)
+            state = method.stop(state, stopped)
 
 
 class _Row:
@@ -161,6 +183,7 @@ class _Row:
         lengths: np.ndarray,
         finish: np.ndarray,
         logprobs: Logprobs | None,
+        stats: SpeculationStats | None,
     ) -> Delta | None:
         """What is new since the last look, or None if nothing is."""
         prompt_len = len(self._request.prompt_ids)
@@ -189,6 +212,7 @@ class _Row:
                 prompt_tokens=prompt_len,
                 seed=self._request.seed,
                 logprobs=self._logprobs(tokens, logprobs, length),
+                speculation=self._counts(stats),
             )
         return Delta(row=self.index, text=text, token_ids=tuple(new), completion=self.completion)
 
@@ -207,4 +231,14 @@ class _Row:
             for token, value, ids, values in zip(
                 tokens[self.index, span].tolist(), chosen, top_ids, top, strict=True
             )
+        )
+
+    def _counts(self, stats: SpeculationStats | None) -> SpeculationCounts | None:
+        if stats is None:
+            return None
+        return SpeculationCounts(
+            target_steps=int(stats.target_steps[self.index]),
+            drafted=int(stats.drafted[self.index]),
+            accepted=int(stats.accepted[self.index]),
+            accepted_at=tuple(np.asarray(stats.accepted_at[self.index]).tolist()),
         )

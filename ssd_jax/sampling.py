@@ -6,6 +6,7 @@ draws depend neither on its batch neighbours nor on the decoding method.
 """
 
 import enum
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,10 @@ from ssd_jax.types import Sampling
 class Purpose(enum.IntEnum):
     """What a random number is for; draws for different purposes are independent."""
 
-    TOKEN = 0
+    TOKEN = 0  # the target's own choice; under coupled verification the draft's too
+    DRAFT = 1  # a draft's choice under rejection sampling
+    ACCEPT = 2  # whether a drafted token is accepted
+    BONUS = 3  # the token that rejection sampling adds
 
 
 def warp(
@@ -95,7 +99,10 @@ def truncate(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B
 
 
 def sample_tokens(
-    law: Float[Array, "B V"], sampling: Sampling, positions: Int[Array, "B"]
+    law: Float[Array, "B V"],
+    sampling: Sampling,
+    positions: Int[Array, "B"],
+    purpose: Purpose = Purpose.TOKEN,
 ) -> Int[Array, "B"]:
     """One token a row from its log-probabilities, for the given absolute positions in the text.
 
@@ -104,7 +111,7 @@ def sample_tokens(
     """
 
     def draw() -> Int[Array, "B"]:
-        noise = gumbel_noise(sampling.seed, positions, Purpose.TOKEN, law.shape[-1])
+        noise = gumbel_noise(sampling.seed, positions, purpose, law.shape[-1])
         return jnp.argmax(law + noise, axis=-1)
 
     all_greedy = jnp.all(sampling.temperature == 0)
@@ -138,3 +145,25 @@ def reported_logprobs(
     law = warp(logits, sampling, output_counts)
     plain = jax.nn.log_softmax(penalize(logits, sampling, output_counts), axis=-1)
     return jnp.where((sampling.temperature == 0)[:, None], plain, law)
+
+
+def over_positions(
+    function: Callable[..., Array],
+    logits: Float[Array, "B T V"],
+    *others: Array,
+    sampling: Sampling,
+) -> Float[Array, "B T V"]:
+    """`warp` or `reported_logprobs` at T positions of every row; `others` have a T axis as well."""
+    return jax.vmap(
+        lambda row_logits, *rest: function(row_logits, sampling, *rest), in_axes=1, out_axes=1
+    )(logits, *others)
+
+
+def counts_along_draft(
+    output_counts: Int[Array, "B V"], drafted: Int[Array, "B J"]
+) -> Int[Array, "B J+1 V"]:
+    """Emitted-token counts as they would be after 0, 1, ... J of the drafted tokens."""
+    vocabulary = jnp.arange(output_counts.shape[-1], dtype=drafted.dtype)
+    added = jnp.cumsum((drafted[..., None] == vocabulary).astype(jnp.int32), axis=1)
+    first = output_counts[:, None]
+    return jnp.concatenate([first, first + added], axis=1)

@@ -96,6 +96,42 @@ class Logprobs:
 
 
 @struct.dataclass
+class Draft:
+    """Drafted tokens of every row, and the law they were drawn from.
+
+    Row b drafts `count[b]` tokens; what `tokens` holds beyond them is padding. `law` holds
+    log-probabilities, or is None when every drafted token is a point mass (a deterministic draft,
+    or one whose verification needs no law).
+    """
+
+    tokens: Int[Array, "B J"]
+    count: Int[Array, "B"]
+    law: Float[Array, "B J V"] | None
+
+
+@struct.dataclass
+class Verdict:
+    """How many drafted tokens stand, and the token that the target adds after them."""
+
+    num_accepted: Int[Array, "B"]
+    bonus_token: Int[Array, "B"]
+
+
+@struct.dataclass
+class SpeculationStats:
+    """What speculation did for each row so far.
+
+    `target_steps` counts verifications, `drafted` and `accepted` tokens, `accepted_at[b, j]` how
+    often the token at draft position j was accepted.
+    """
+
+    target_steps: Int[Array, "B"]
+    drafted: Int[Array, "B"]
+    accepted: Int[Array, "B"]
+    accepted_at: Int[Array, "B J"]
+
+
+@struct.dataclass
 class DecodeState:
     """A batch in the middle of decoding.
 
@@ -110,3 +146,16 @@ class DecodeState:
     finish: Int[Array, "B"]
     output_counts: Int[Array, "B V"]
     logprobs: Logprobs | None
+
+
+@struct.dataclass
+class SpeculativeState:
+    """A batch decoded by target and draft model.
+
+    The draft's cache holds the text up to its last token but one at least: drafting begins by
+    feeding the last two.
+    """
+
+    target: DecodeState
+    draft_cache: KVCache
+    stats: SpeculationStats

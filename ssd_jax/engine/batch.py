@@ -104,8 +104,10 @@ def _make_request(model: Model, prompt: str | Sequence[int], params: SamplingPar
     return Request(prompt_ids=ids, params=params, seed=seed)
 
 
-def make_batch(model: Model, requests: Sequence[Request]) -> Batch:
+def make_batch(model: Model, requests: Sequence[Request], draft_len: int = 0) -> Batch:
     """The requests as padded arrays on the host (options already on the device).
+
+    A pass over a draft writes up to `draft_len` slots past the text, which is room set aside here.
 
     Raises:
         MemoryBudgetError: the batch would not fit the device's memory.
@@ -115,7 +117,8 @@ def make_batch(model: Model, requests: Sequence[Request]) -> Batch:
     lengths = [len(request.prompt_ids) for request in requests]
     max_lengths = [_max_length(config, request) for request in requests]
     chunks = prefill_chunks(max(lengths) - 1)
-    num_slots = bucket_slots(max(*max_lengths, *(start + size for start, size in chunks), 1))
+    longest = max(*max_lengths, 1) + draft_len
+    num_slots = bucket_slots(max(longest, *(start + size for start, size in chunks), 1))
     dtype = model.params.embedding.dtype
     require_memory(
         f"A batch of {num_rows} rows with {num_slots} tokens each",

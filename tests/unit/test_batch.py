@@ -10,7 +10,8 @@ import tokenizers
 from tiny_models import prompt_ids, tiny, tiny_tokenizer
 from tokenizers import models
 
-from ssd_jax.decoding.autoregressive import decode, stop_rows
+from ssd_jax.decoding.autoregressive import decode
+from ssd_jax.decoding.emission import stop_rows
 from ssd_jax.decoding.finish import Finish
 from ssd_jax.decoding.prefill import prefill_chunk
 from ssd_jax.decoding.state import initial_state

@@ -1,0 +1,1 @@
+"""Drafters: each proposes tokens as a `Draft`, cheaply, for the target to verify."""
