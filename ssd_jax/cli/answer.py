@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from ssd_jax.cli.compile_clock import CompileClock
+from ssd_jax.engine.speculation import Speculation
 from ssd_jax.generation import Completion, stream
 from ssd_jax.model import Model
 from ssd_jax.sampling_params import SamplingParams
@@ -55,11 +56,16 @@ class Answer:
 
 
 def print_answer(
-    model: Model, prompt_ids: Sequence[int], params: SamplingParams, args: argparse.Namespace
+    model: Model,
+    speculation: Speculation | None,
+    prompt_ids: Sequence[int],
+    params: SamplingParams,
+    args: argparse.Namespace,
 ) -> Answer:
     """The answer to one prompt, after it is printed as the arguments ask; statistics to stderr."""
     streaming = args.stream and not args.json
-    answer = _decode(model, prompt_ids, params, _print_piece if streaming else _drop)
+    write = _print_piece if streaming else _drop
+    answer = _decode(model, speculation, prompt_ids, params, write)
     if args.json:
         print(json.dumps(_as_json(answer, params)), flush=True)
     else:
@@ -70,7 +76,11 @@ def print_answer(
 
 
 def _decode(
-    model: Model, prompt_ids: Sequence[int], params: SamplingParams, write: Callable[[str], None]
+    model: Model,
+    speculation: Speculation | None,
+    prompt_ids: Sequence[int],
+    params: SamplingParams,
+    write: Callable[[str], None],
 ) -> Answer:
     """The answer to one prompt, each piece of its text passed on; Ctrl-C ends it early."""
     texts: list[str] = []
@@ -79,7 +89,7 @@ def _decode(
     with CompileClock() as clock:
         start = time.perf_counter()
         try:
-            for delta in stream(model, [prompt_ids], params):
+            for delta in stream(model, [prompt_ids], params, speculation=speculation):
                 if first is None:
                     first = time.perf_counter() - clock.seconds
                 texts.append(delta.text)
@@ -127,6 +137,12 @@ def _as_json(answer: Answer, params: SamplingParams) -> dict[str, object]:
     }
     if answer.completion is not None and answer.completion.logprobs is not None:
         account["logprobs"] = [dataclasses.asdict(entry) for entry in answer.completion.logprobs]
+    if answer.completion is not None and answer.completion.speculation is not None:
+        counts = answer.completion.speculation
+        account["speculation"] = {
+            **dataclasses.asdict(counts),
+            "acceptance_rate": counts.acceptance_rate,
+        }
     return account
 
 
@@ -141,4 +157,11 @@ def _statistics(answer: Answer) -> str:
         waited = f"first token after {timings.first_token_s:.2f} s"
     parts.append(f"{waited} (+ {timings.compile_s:.1f} s compiling)")
     parts.append(_ENDINGS[answer.finish_reason])
+    counts = None if answer.completion is None else answer.completion.speculation
+    if counts is not None:
+        parts.append(
+            f"{counts.accepted} of {counts.drafted} drafted tokens accepted "
+            f"({counts.acceptance_rate:.0%}), {number / max(1, counts.target_steps):.2f} tokens a "
+            "target step"
+        )
     return ", ".join(parts)

@@ -34,9 +34,10 @@ def run_chat(args: argparse.Namespace) -> int:
         SsdJaxError: no model, no chat template, or (not on a terminal) a turn that is refused.
     """
     from ssd_jax.cli.answer import print_answer
-    from ssd_jax.cli.session import open_model
+    from ssd_jax.cli.session import open_model, open_speculation
 
     model, tokenizer = open_model(args)
+    speculation = open_speculation(args, model)
     if tokenizer.chat_template is None:
         raise RequestError(
             "Expected a model with a chat template, got one without; use `ssd-jax generate`."
@@ -53,7 +54,7 @@ def run_chat(args: argparse.Namespace) -> int:
             )
         params = sampling_params(args, room)
         params = dataclasses.replace(params, max_tokens=min(params.max_tokens or room, room))
-        return print_answer(model, prompt_ids, params, args)
+        return print_answer(model, speculation, prompt_ids, params, args)
 
     interactive = is_terminal()
     if interactive and not args.quiet:

@@ -15,6 +15,7 @@ DEFAULT_MAX_TOKENS = 256
 def add_shared_flags(parser: argparse.ArgumentParser) -> None:
     """Declare the flags on model, sampling, output and device."""
     _add_model_flags(parser.add_argument_group("model"))
+    _add_speculation_flags(parser.add_argument_group("speculation"))
     _add_sampling_flags(parser.add_argument_group("sampling"))
     _add_ending_flags(parser.add_argument_group("end of the output"))
     _add_output_flags(parser.add_argument_group("what is printed"))
@@ -57,6 +58,36 @@ def _add_model_flags(group: argparse._ArgumentGroup) -> None:
         "--dtype",
         choices=("float32", "bfloat16"),
         help="precision of weights and cache (default: float32 on a CPU, else as stored)",
+    )
+
+
+def _add_speculation_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--method",
+        choices=("ar", "draft"),
+        help="ar decodes token by token, draft verifies what a draft model proposes (default: "
+        "draft if --draft-model is given, else ar)",
+    )
+    group.add_argument(
+        "--draft-model",
+        metavar="DIR",
+        help="the draft's checkpoint folder (default with --method draft: the demo draft, which "
+        "goes with the demo model)",
+    )
+    group.add_argument(
+        "-k",
+        "--draft-len",
+        type=whole_number,
+        default=4,
+        metavar="N",
+        help="tokens drafted in a round, 1 to 64 (default: 4)",
+    )
+    group.add_argument(
+        "--verification",
+        choices=("coupled", "rejection"),
+        default="coupled",
+        help="when sampling: coupled emits the tokens of --method ar with the same seed, rejection "
+        "others of the same distribution and accepts more (default: coupled)",
     )
 
 

@@ -32,14 +32,15 @@ def run_generate(args: argparse.Namespace) -> int:
     prompt = _read_stdin() if args.prompt == "-" else args.prompt
 
     from ssd_jax.cli.answer import INTERRUPTED, print_answer
-    from ssd_jax.cli.session import open_model
+    from ssd_jax.cli.session import open_model, open_speculation
 
     model, tokenizer = open_model(args)
+    speculation = open_speculation(args, model)
     prompt_ids = tokenizer.encode(prompt)
     params = sampling_params(args, model.config.max_context - len(prompt_ids))
     if args.echo and not args.json:
         print(prompt, end="", flush=True)
-    answer = print_answer(model, prompt_ids, params, args)
+    answer = print_answer(model, speculation, prompt_ids, params, args)
     return _INTERRUPTED_CODE if answer.finish_reason == INTERRUPTED else 0
 
 

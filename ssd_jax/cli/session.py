@@ -4,8 +4,9 @@ import argparse
 import sys
 
 from ssd_jax.cli.environment import use_compilation_cache
+from ssd_jax.engine.speculation import Speculation, check_pair
 from ssd_jax.errors import RequestError
-from ssd_jax.model import Model, load_model
+from ssd_jax.model import Model, demo_folder, load_model
 from ssd_jax.text import Tokenizer
 
 
@@ -18,3 +19,22 @@ def open_model(args: argparse.Namespace) -> tuple[Model, Tokenizer]:
     if model.tokenizer is None:
         raise RequestError("The command line needs a model with a tokenizer, got one without.")
     return model, model.tokenizer
+
+
+def open_speculation(args: argparse.Namespace, model: Model) -> Speculation | None:
+    """The speculation that the arguments ask for, its draft model loaded; None for none.
+
+    Raises:
+        RequestError: a draft model is named but not used, or none is named for an own model.
+        ConfigError: target and draft do not go together.
+    """
+    method = args.method or ("draft" if args.draft_model else "ar")
+    if method == "ar":
+        if args.draft_model:
+            raise RequestError("--method ar uses no draft model: leave out --draft-model.")
+        return None
+    if args.model and not args.draft_model:
+        raise RequestError("--method draft needs --draft-model for a model of your own.")
+    draft = load_model(args.draft_model or demo_folder("draft"), args.dtype)
+    check_pair(model, draft)
+    return Speculation(draft=draft, draft_len=args.draft_len, verification=args.verification)

@@ -94,8 +94,8 @@ def interrupted(monkeypatch):
     """Ctrl-C arrives after the second piece of the text."""
     whole = answer.stream
 
-    def stream(*arguments):
-        for index, delta in enumerate(whole(*arguments)):
+    def stream(*arguments, **options):
+        for index, delta in enumerate(whole(*arguments, **options)):
             if index == 2:
                 raise KeyboardInterrupt
             yield delta
