@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ssd_jax.config import ModelConfig as ModelConfig
+    from ssd_jax.drafting.ngram import NgramConfig as NgramConfig
     from ssd_jax.engine.speculation import Speculation as Speculation
     from ssd_jax.errors import SsdJaxError as SsdJaxError
     from ssd_jax.generation import Completion as Completion
@@ -25,6 +26,7 @@ _HOMES = {
     "Model": "model",
     "ModelConfig": "config",
     "SamplingParams": "sampling_params",
+    "NgramConfig": "drafting.ngram",
     "Speculation": "engine.speculation",
     "SsdJaxError": "errors",
     "generate": "generation",

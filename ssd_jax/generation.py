@@ -142,7 +142,8 @@ def _run(
     if speculation is None:
         method, draft_len = autoregressive(model), 0
     else:
-        check_pair(model, speculation.draft)
+        if isinstance(speculation.draft, Model):
+            check_pair(model, speculation.draft)
         method, draft_len = speculative(model, speculation), speculation.draft_len
     batch = make_batch(model, requests, draft_len=draft_len)
     rows = [_Row(model, index, request) for index, request in enumerate(requests)]

@@ -16,7 +16,7 @@ Donated trees (`KVCache`, `DecodeState`) hold buffers and nothing else.
 """
 
 from flax import struct
-from jaxtyping import Array, Bool, Float, Int, UInt32
+from jaxtyping import Array, Bool, Float, Int, PyTree, UInt32
 
 
 @struct.dataclass
@@ -150,12 +150,8 @@ class DecodeState:
 
 @struct.dataclass
 class SpeculativeState:
-    """A batch decoded by target and draft model.
-
-    The draft's cache holds the text up to its last token but one at least: drafting begins by
-    feeding the last two.
-    """
+    """A batch decoded with speculation; `drafter` is what the drafter remembers."""
 
     target: DecodeState
-    draft_cache: KVCache
+    drafter: PyTree
     stats: SpeculationStats

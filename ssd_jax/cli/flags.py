@@ -64,9 +64,9 @@ def _add_model_flags(group: argparse._ArgumentGroup) -> None:
 def _add_speculation_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--method",
-        choices=("ar", "draft"),
-        help="ar decodes token by token, draft verifies what a draft model proposes (default: "
-        "draft if --draft-model is given, else ar)",
+        choices=("ar", "draft", "ngram"),
+        help="ar decodes token by token; draft verifies what a draft model proposes; ngram what "
+        "followed the same tokens before (default: draft if --draft-model is given, else ar)",
     )
     group.add_argument(
         "--draft-model",
@@ -78,9 +78,21 @@ def _add_speculation_flags(group: argparse._ArgumentGroup) -> None:
         "-k",
         "--draft-len",
         type=whole_number,
-        default=4,
         metavar="N",
-        help="tokens drafted in a round, 1 to 64 (default: 4)",
+        help="most tokens drafted in a round, 1 to 64 (default: 4 for draft, 16 for ngram)",
+    )
+    group.add_argument(
+        "--ngram-kind",
+        choices=("simple", "map", "mod"),
+        default="simple",
+        help="what ngram copies: simple what followed the last tokens last time, map what followed "
+        "them most often, mod token by token from one hash table (default: simple)",
+    )
+    group.add_argument(
+        "--ngram-n",
+        type=whole_number,
+        metavar="N",
+        help="tokens that must be the same, 1 to 64 (default: 3, for mod 6)",
     )
     group.add_argument(
         "--verification",

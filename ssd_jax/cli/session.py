@@ -4,6 +4,7 @@ import argparse
 import sys
 
 from ssd_jax.cli.environment import use_compilation_cache
+from ssd_jax.drafting.ngram import NgramConfig
 from ssd_jax.engine.speculation import Speculation, check_pair
 from ssd_jax.errors import RequestError
 from ssd_jax.model import Model, demo_folder, load_model
@@ -29,12 +30,17 @@ def open_speculation(args: argparse.Namespace, model: Model) -> Speculation | No
         ConfigError: target and draft do not go together.
     """
     method = args.method or ("draft" if args.draft_model else "ar")
+    if method != "draft" and args.draft_model:
+        raise RequestError(f"--method {method} uses no draft model: leave out --draft-model.")
     if method == "ar":
-        if args.draft_model:
-            raise RequestError("--method ar uses no draft model: leave out --draft-model.")
         return None
+    given = {} if args.draft_len is None else {"draft_len": args.draft_len}
+    if method == "ngram":
+        most = {} if args.draft_len is None else {"max_draft": args.draft_len}
+        ngram = NgramConfig(kind=args.ngram_kind, n=args.ngram_n, **most)
+        return Speculation(draft=ngram, verification=args.verification)
     if args.model and not args.draft_model:
         raise RequestError("--method draft needs --draft-model for a model of your own.")
     draft = load_model(args.draft_model or demo_folder("draft"), args.dtype)
     check_pair(model, draft)
-    return Speculation(draft=draft, draft_len=args.draft_len, verification=args.verification)
+    return Speculation(draft=draft, verification=args.verification, **given)

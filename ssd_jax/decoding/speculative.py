@@ -1,8 +1,9 @@
-"""Speculative decoding with a draft model: draft, verify, emit, the whole loop on one device.
+"""Speculative decoding: draft, verify, emit, the whole loop on one device.
 
-One round: the draft proposes draft_len tokens; the target scores the text's last token and the
-whole draft in one pass of draft_len + 1 tokens; verification keeps a prefix and adds one token of
-the target's. Both caches are rewound by setting lengths: what was rejected is overwritten later.
+One round: the drafter proposes up to draft_len tokens; the target scores the text's last token and
+the whole draft in one pass of draft_len + 1 tokens; verification keeps a prefix and adds one token
+of the target's. Both caches are rewound by setting lengths: what was rejected is overwritten
+later.
 """
 
 import dataclasses
@@ -10,15 +11,17 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Int, PyTree
 
 from ssd_jax.config import ModelConfig
+from ssd_jax.decoding.autoregressive import decode_step
 from ssd_jax.decoding.emission import emit, record_logprobs
 from ssd_jax.decoding.finish import Finish
-from ssd_jax.drafting.draft_model import draft_tokens
+from ssd_jax.drafting.drafter import Drafter
 from ssd_jax.models.decoder import compute_logits, forward
 from ssd_jax.sampling import counts_along_draft, over_positions, reported_logprobs, warp
 from ssd_jax.types import (
+    DecodeState,
     Draft,
     ModelParams,
     Sampling,
@@ -30,20 +33,17 @@ from ssd_jax.verification import Verification, verify
 
 
 @functools.partial(
-    jax.jit,
-    static_argnames=("config", "draft_config", "draft_len", "verification"),
-    donate_argnames="state",
+    jax.jit, static_argnames=("config", "drafter", "verification"), donate_argnames="state"
 )
 def decode_speculative(
     config: ModelConfig,
-    draft_config: ModelConfig,
     params: ModelParams,
-    draft_params: ModelParams,
+    drafter: Drafter,
+    drafter_params: PyTree,
     sampling: Sampling,
     state: SpeculativeState,
     num_rounds: Int[Array, ""],
     *,
-    draft_len: int,
     verification: Verification,
 ) -> SpeculativeState:
     """The state after `num_rounds` more rounds, or as soon as no row is running.
@@ -58,17 +58,21 @@ def decode_speculative(
 
     def advance(carry: tuple[Array, SpeculativeState]) -> tuple[Array, SpeculativeState]:
         count, state = carry
-        draft, draft_cache = draft_tokens(
-            draft_config,
-            draft_params,
-            sampling,
-            state.target,
-            state.draft_cache,
-            draft_len,
-            verification,
-        )
-        state = dataclasses.replace(state, draft_cache=draft_cache)
-        return count + 1, verify_round(config, params, sampling, state, draft, verification)
+        before = state.target
+        draft, memory = drafter.draft(drafter_params, sampling, before, state.drafter)
+
+        def verified() -> tuple[DecodeState, SpeculationStats]:
+            return verify_round(config, params, sampling, before, state.stats, draft, verification)
+
+        def plain() -> tuple[DecodeState, SpeculationStats]:
+            return decode_step(config, params, sampling, before), add_step(state.stats, before)
+
+        if drafter.may_decline:
+            after, stats = jax.lax.cond(jnp.any(draft.count > 0), verified, plain)
+        else:
+            after, stats = verified()
+        memory = drafter.learn(before, after, memory)
+        return count + 1, SpeculativeState(target=after, drafter=memory, stats=stats)
 
     return jax.lax.while_loop(unfinished, advance, (jnp.int32(0), state))[1]
 
@@ -77,12 +81,12 @@ def verify_round(
     config: ModelConfig,
     params: ModelParams,
     sampling: Sampling,
-    state: SpeculativeState,
+    before: DecodeState,
+    stats: SpeculationStats,
     draft: Draft,
     verification: Verification,
-) -> SpeculativeState:
-    """The state after the target verified a draft and its accepted part and bonus were emitted."""
-    before = state.target
+) -> tuple[DecodeState, SpeculationStats]:
+    """The text after the target verified a draft: its accepted part and the bonus token emitted."""
     last = before.lengths - 1
     last_token = jnp.take_along_axis(before.tokens, last[:, None], axis=1)
     inputs = jnp.concatenate([last_token, draft.tokens], axis=1)
@@ -101,20 +105,9 @@ def verify_round(
         logprobs = record_logprobs(logprobs, shown, candidates, before.lengths)
     target = dataclasses.replace(before, cache=cache, logprobs=logprobs)
     target = emit(target, sampling, candidates, verdict.num_accepted + 1)
-    # The draft fed everything up to its last token but one; text beyond that it has not seen.
-    fed = last + draft.tokens.shape[1]
-    draft_lengths = jnp.minimum(target.lengths - 1, fed)
-    return SpeculativeState(
-        target=target,
-        draft_cache=dataclasses.replace(state.draft_cache, lengths=draft_lengths),
-        stats=add_round(
-            state.stats,
-            draft,
-            verdict,
-            before.finish == Finish.RUNNING,
-            target.lengths - before.lengths,
-        ),
-    )
+    running = before.finish == Finish.RUNNING
+    num_emitted = target.lengths - before.lengths
+    return target, add_round(stats, draft, verdict, running, num_emitted)
 
 
 def add_round(
@@ -134,3 +127,9 @@ def add_round(
         accepted=stats.accepted + accepted,
         accepted_at=stats.accepted_at + (offsets < accepted[:, None]).astype(jnp.int32),
     )
+
+
+def add_step(stats: SpeculationStats, before: DecodeState) -> SpeculationStats:
+    """The statistics with one plain step of the running rows, for which nothing was drafted."""
+    ran = (before.finish == Finish.RUNNING).astype(jnp.int32)
+    return dataclasses.replace(stats, target_steps=stats.target_steps + ran)

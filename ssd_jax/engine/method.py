@@ -1,12 +1,14 @@
 """Decoding methods as the host sees them: functions over a state it never looks into."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Int
 
 from ssd_jax.config import ModelConfig
 from ssd_jax.decoding.autoregressive import decode
@@ -14,6 +16,8 @@ from ssd_jax.decoding.emission import stop_rows
 from ssd_jax.decoding.prefill import prefill_chunk
 from ssd_jax.decoding.speculative import decode_speculative
 from ssd_jax.decoding.state import initial_state
+from ssd_jax.drafting.drafter import ModelDrafter, NgramDrafter
+from ssd_jax.drafting.ngram import NgramConfig, NgramState, init_ngram, learn_prompt
 from ssd_jax.engine.batch import Batch
 from ssd_jax.engine.speculation import Speculation
 from ssd_jax.kv_cache import init_cache
@@ -54,30 +58,35 @@ def autoregressive(model: Model) -> Method:
 
 
 def speculative(model: Model, speculation: Speculation) -> Method:
-    """A draft model proposes, the target verifies."""
+    """A drafter proposes, the target verifies."""
     draft = speculation.draft
+    drafter = make_drafter(speculation)
+    drafter_params = None if isinstance(draft, NgramConfig) else draft.params
 
     def prefill(batch: Batch) -> SpeculativeState:
         num_rows, num_slots = batch.tokens.shape
-        dtype = draft.params.embedding.dtype
-        cache = _empty_cache(draft.config, num_rows, num_slots, dtype)
-        cache = _prefill(draft.config, draft.params, batch, cache)
+        if isinstance(draft, NgramConfig):
+            memory = _learn_prompts(draft, batch.tokens, batch.lengths)
+        else:
+            dtype = draft.params.embedding.dtype
+            cache = _empty_cache(draft.config, num_rows, num_slots, dtype)
+            cache = _prefill(draft.config, draft.params, batch, cache)
+            memory = dataclasses.replace(cache, lengths=jnp.asarray(batch.lengths - 1))
         return SpeculativeState(
             target=_prefill_target(model, batch),
-            draft_cache=dataclasses.replace(cache, lengths=jnp.asarray(batch.lengths - 1)),
-            stats=_no_stats(num_rows, speculation.draft_len),
+            drafter=memory,
+            stats=_no_stats(num_rows, drafter.draft_len),
         )
 
     def advance(batch: Batch, state: SpeculativeState, rounds: int) -> SpeculativeState:
         return decode_speculative(
             model.config,
-            draft.config,
             model.params,
-            draft.params,
+            drafter,
+            drafter_params,
             batch.sampling,
             state,
             np.int32(rounds),
-            draft_len=speculation.draft_len,
             verification=speculation.verification,
         )
 
@@ -86,6 +95,17 @@ def speculative(model: Model, speculation: Speculation) -> Method:
         advance=advance,
         view=lambda state: (state.target, state.stats),
         stop=lambda state, rows: dataclasses.replace(state, target=stop_rows(state.target, rows)),
+    )
+
+
+def make_drafter(speculation: Speculation) -> ModelDrafter | NgramDrafter:
+    """The drafter that a speculation describes."""
+    if isinstance(speculation.draft, NgramConfig):
+        return NgramDrafter(config=speculation.draft)
+    return ModelDrafter(
+        config=speculation.draft.config,
+        draft_len=speculation.draft_len,
+        verification=speculation.verification,
     )
 
 
@@ -111,6 +131,14 @@ def _prefill(config: ModelConfig, params: ModelParams, batch: Batch, cache: KVCa
 
 
 _empty_cache = jax.jit(init_cache, static_argnums=(0, 1, 2, 3))
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _learn_prompts(
+    config: NgramConfig, tokens: Int[Array, "B S"], lengths: Int[Array, "B"]
+) -> NgramState:
+    state = init_ngram(config, *tokens.shape)
+    return learn_prompt(config, state, tokens, lengths)
 
 
 def _no_stats(num_rows: int, draft_len: int) -> SpeculationStats:

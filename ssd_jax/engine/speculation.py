@@ -3,6 +3,7 @@
 import dataclasses
 from typing import get_args
 
+from ssd_jax.drafting.ngram import NgramConfig
 from ssd_jax.errors import ConfigError, RequestError
 from ssd_jax.model import Model
 from ssd_jax.text import Tokenizer
@@ -13,21 +14,25 @@ MAX_DRAFT_LEN = 64
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Speculation:
-    """Draft-model speculation.
+    """Who drafts, how much, and how drafts are verified.
 
     Attributes:
-        draft: the model that proposes tokens; its vocabulary must be the target's.
-        draft_len: tokens proposed in a round, 1 to 64.
+        draft: the model that proposes tokens (its vocabulary must be the target's), or options of
+            n-gram drafting, which needs no model.
+        draft_len: tokens that a draft model proposes in a round, 1 to 64. For n-grams it is always
+            the `max_draft` of their options.
         verification: "coupled" emits the very tokens of autoregressive decoding with the same seed;
             "rejection" emits tokens of the same distribution and accepts more of them. Greedy rows
             are the same under both.
     """
 
-    draft: Model
+    draft: Model | NgramConfig
     draft_len: int = 4
     verification: Verification = "coupled"
 
     def __post_init__(self) -> None:
+        if isinstance(self.draft, NgramConfig):
+            object.__setattr__(self, "draft_len", self.draft.max_draft)
         if not 1 <= self.draft_len <= MAX_DRAFT_LEN:
             raise RequestError(
                 f"draft_len must be from 1 to {MAX_DRAFT_LEN} tokens, got {self.draft_len}."

@@ -18,6 +18,13 @@ def test_a_draft_model_does_not_change_the_text(generate, draft, options):
     assert draft(*options).out == generate("the cat", *options).out
 
 
+@pytest.mark.parametrize("kind", ["simple", "map", "mod"])
+def test_ngrams_do_not_change_the_text(generate, kind):
+    speculative = generate("the cat the cat the", "--method", "ngram", "--ngram-kind", kind)
+    assert speculative.out == generate("the cat the cat the").out
+    assert "drafted tokens accepted" in speculative.err
+
+
 def test_statistics_say_how_much_was_accepted(draft):
     outcome = json.loads(draft("--json", "-k", "3").out)
     counts = outcome["speculation"]
@@ -32,6 +39,7 @@ def test_statistics_say_how_much_was_accepted(draft):
     [
         (("--method", "draft"), "--draft-model"),
         (("--method", "ar", "--draft-model", "anywhere"), "--method ar uses no draft model"),
+        (("--method", "ngram", "--ngram-n", "65"), "n of n-gram drafting must be from 1 to 64"),
         (("--draft-model", "no such folder"), "no such folder"),
     ],
 )
