@@ -44,7 +44,8 @@ class SpeculationCounts:
     Attributes:
         target_steps: verifications, that is passes of the target after prefill.
         drafted: tokens proposed.
-        accepted: proposed tokens that were emitted.
+        accepted: proposed tokens that stood (those behind a stop string, which are dropped,
+            included).
         accepted_at: how often the token at each draft position was accepted.
     """
 
@@ -140,12 +141,13 @@ def _run(
 ) -> Iterator[Delta]:
     """Decode the requests, looking at the tokens after the first step and then every so many."""
     if speculation is None:
-        method, draft_len = autoregressive(model), 0
+        method, batch = autoregressive(model), make_batch(model, requests)
     else:
-        if isinstance(speculation.draft, Model):
-            check_pair(model, speculation.draft)
-        method, draft_len = speculative(model, speculation), speculation.draft_len
-    batch = make_batch(model, requests, draft_len=draft_len)
+        draft = speculation.draft if isinstance(speculation.draft, Model) else None
+        if draft is not None:
+            check_pair(model, draft)
+        method = speculative(model, speculation)
+        batch = make_batch(model, requests, speculation.draft_len, draft)
     rows = [_Row(model, index, request) for index, request in enumerate(requests)]
     state = method.prefill(batch)
     num_steps = 1 if steps_between_looks else batch.max_steps

@@ -134,6 +134,17 @@ def make_tiny(config: ModelConfig, seed: int = 0) -> TinyModel:
     return TinyModel(config=config, params=params, weights=weights)
 
 
+def perturbed(model: Model, scale: float, seed: int = 1) -> Model:
+    """The model with noise of `scale` standard deviations on each of its arrays: a worse draft."""
+    rng = np.random.default_rng(seed)
+
+    def blur(leaf):
+        noise = rng.standard_normal(leaf.shape).astype(np.float32)
+        return leaf + np.float32(scale) * jnp.std(leaf) * noise
+
+    return dataclasses.replace(model, params=jax.tree.map(blur, model.params))
+
+
 @functools.cache
 def tiny_tokenizer(eos_ids: tuple[int, ...] = ()) -> Tokenizer:
     """A byte-level tokenizer: letters, a space, the two bytes of "é", three longer tokens, "</s>".

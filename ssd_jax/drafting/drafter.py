@@ -5,7 +5,7 @@ pytree that goes in and comes out.
 """
 
 import dataclasses
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax.numpy as jnp
 from jaxtyping import PyTree
@@ -17,6 +17,7 @@ from ssd_jax.types import DecodeState, Draft, KVCache, ModelParams, Sampling
 from ssd_jax.verification import Verification
 
 
+@runtime_checkable
 class Drafter(Protocol):
     """Proposes tokens in front of a verification and learns from its outcome.
 

@@ -104,10 +104,13 @@ def _make_request(model: Model, prompt: str | Sequence[int], params: SamplingPar
     return Request(prompt_ids=ids, params=params, seed=seed)
 
 
-def make_batch(model: Model, requests: Sequence[Request], draft_len: int = 0) -> Batch:
+def make_batch(
+    model: Model, requests: Sequence[Request], draft_len: int = 0, draft: Model | None = None
+) -> Batch:
     """The requests as padded arrays on the host (options already on the device).
 
-    A pass over a draft writes up to `draft_len` slots past the text, which is room set aside here.
+    A pass over a draft writes up to `draft_len` slots past the text, which is room set aside here;
+    a draft model's cache counts in what has to fit the memory.
 
     Raises:
         MemoryBudgetError: the batch would not fit the device's memory.
@@ -119,10 +122,14 @@ def make_batch(model: Model, requests: Sequence[Request], draft_len: int = 0) ->
     chunks = prefill_chunks(max(lengths) - 1)
     longest = max(*max_lengths, 1) + draft_len
     num_slots = bucket_slots(max(longest, *(start + size for start, size in chunks), 1))
-    dtype = model.params.embedding.dtype
+    needed = sum(
+        batch_bytes(one.config, num_rows, num_slots, one.params.embedding.dtype)
+        for one in (model, draft)
+        if one is not None
+    )
     require_memory(
         f"A batch of {num_rows} rows with {num_slots} tokens each",
-        batch_bytes(config, num_rows, num_slots, dtype),
+        needed,
         jax.devices()[0],
         "lower max_tokens, shorten the prompts, or send fewer at a time.",
     )

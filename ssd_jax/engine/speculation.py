@@ -33,9 +33,10 @@ class Speculation:
     def __post_init__(self) -> None:
         if isinstance(self.draft, NgramConfig):
             object.__setattr__(self, "draft_len", self.draft.max_draft)
-        if not 1 <= self.draft_len <= MAX_DRAFT_LEN:
+        whole = isinstance(self.draft_len, int) and not isinstance(self.draft_len, bool)
+        if not whole or not 1 <= self.draft_len <= MAX_DRAFT_LEN:
             raise RequestError(
-                f"draft_len must be from 1 to {MAX_DRAFT_LEN} tokens, got {self.draft_len}."
+                f"draft_len must be from 1 to {MAX_DRAFT_LEN} tokens, got {self.draft_len!r}."
             )
         if self.verification not in get_args(Verification):
             raise RequestError(

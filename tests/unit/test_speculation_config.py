@@ -1,0 +1,128 @@
+"""What speculation refuses, and in which words."""
+
+import dataclasses
+
+import pytest
+import tokenizers
+from tiny_models import CONFIGS, make_tiny, prompt_ids, tiny, tiny_tokenizer
+from tokenizers import models
+
+from ssd_jax.engine.speculation import Speculation, check_pair, first_mismatch
+from ssd_jax.errors import ConfigError, RequestError
+from ssd_jax.generation import generate, stream
+from ssd_jax.sampling_params import SamplingParams
+
+NAME = "llama"
+
+
+def model_with(tokenizer=None, **changes):
+    """A tiny model without weights of its own: checks look at configuration and tokenizer only."""
+    config = dataclasses.replace(CONFIGS[NAME], **changes)
+    return dataclasses.replace(tiny(NAME).model, config=config, tokenizer=tokenizer)
+
+
+def tokenizer_of(vocabulary):
+    backend = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token=next(iter(vocabulary))))
+    return dataclasses.replace(tiny_tokenizer(), backend=backend)
+
+
+@pytest.mark.parametrize("draft_len", [-1, 0, 65, 1000])
+def test_draft_len_is_from_1_to_64(draft_len):
+    with pytest.raises(RequestError, match=rf"draft_len .*1 to 64.* got {draft_len}\."):
+        Speculation(draft=tiny(NAME).model, draft_len=draft_len)
+
+
+@pytest.mark.parametrize("draft_len", [1, 64])
+def test_the_shortest_and_the_longest_draft_are_taken(draft_len):
+    assert Speculation(draft=tiny(NAME).model, draft_len=draft_len).draft_len == draft_len
+
+
+@pytest.mark.parametrize("verification", ["greedy ", "", "Coupled", None])
+def test_an_unknown_verification_is_refused_with_the_known_ones(verification):
+    with pytest.raises(RequestError, match="coupled, rejection, got") as caught:
+        Speculation(draft=tiny(NAME).model, verification=verification)
+    assert repr(verification) in str(caught.value)
+
+
+def test_a_draft_with_a_shorter_context_is_refused():
+    with pytest.raises(ConfigError, match="512 against 1024"):
+        check_pair(model_with(), model_with(max_context=512))
+    check_pair(model_with(max_context=512), model_with())
+    check_pair(model_with(), model_with())
+
+
+def test_without_tokenizers_the_sizes_must_agree():
+    for pair in [
+        (model_with(), model_with(vocab_size=65)),
+        (model_with(tiny_tokenizer()), model_with(vocab_size=65)),
+        (model_with(), model_with(tiny_tokenizer(), vocab_size=65)),
+    ]:
+        with pytest.raises(ConfigError, match="64 and 65"):
+            check_pair(*pair)
+    check_pair(model_with(tiny_tokenizer()), model_with())
+
+
+def test_vocabularies_that_differ_at_one_id_name_both_tokens():
+    ours = {"a": 0, "b": 1, "c": 2, "d": 3}
+    theirs = {"a": 0, "x": 1, "y": 2, "d": 3}
+    with pytest.raises(ConfigError, match="id 1 is 'b' for the target and 'x' for the draft"):
+        check_pair(model_with(tokenizer_of(ours)), model_with(tokenizer_of(theirs)))
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "expected"),
+    [
+        ({"a": 0, "b": 1}, {"a": 0, "b": 1}, None),
+        ({"a": 0, "b": 1}, {"b": 1, "a": 0}, None),
+        ({"a": 0, "b": 1}, {"a": 1, "b": 0}, (0, "a", "b")),
+        ({"a": 0, "b": 1}, {"a": 0}, (1, "b", None)),
+        ({"a": 0}, {"a": 0, "b": 7}, (7, None, "b")),
+        ({"a": 0, "b": 9}, {"a": 0, "b": 8}, (8, None, "b")),
+        ({"a": 0, "Z": 3, "b": 9}, {"a": 0, "z": 3, "B": 9}, (3, "Z", "z")),
+    ],
+)
+def test_the_first_id_that_two_tokenizers_read_differently(ours, theirs, expected):
+    assert first_mismatch(tokenizer_of(ours), tokenizer_of(theirs)) == expected
+
+
+def test_added_tokens_are_compared_as_well():
+    other = tokenizers.Tokenizer.from_str(tiny_tokenizer().backend.to_str())
+    other.add_special_tokens(["<pad>"])
+    added = dataclasses.replace(tiny_tokenizer(), backend=other)
+    size = tiny_tokenizer().vocab_size
+    assert first_mismatch(tiny_tokenizer(), added) == (size, None, "<pad>")
+
+
+@pytest.mark.parametrize("run", [generate, stream])
+def test_a_wrong_pair_is_refused_before_anything_runs(run):
+    speculation = Speculation(draft=model_with(vocab_size=65))
+    with pytest.raises(ConfigError, match="64 and 65"):
+        list(run(tiny(NAME).model, [[1]], SamplingParams(max_tokens=2), speculation=speculation))
+
+
+@pytest.mark.parametrize(
+    ("target_size", "draft_size", "verification"), [(64, 72, "coupled"), (72, 64, "rejection")]
+)
+def test_embeddings_padded_to_different_sizes(target_size, draft_size, verification):
+    """The same text as without speculation, and never an id that is only padding.
+
+    A prompt may hold such an id all the same: the draft, whose embedding may lack it, must cope.
+    """
+    target, draft = (
+        dataclasses.replace(
+            make_tiny(dataclasses.replace(CONFIGS[NAME], vocab_size=size, num_layers=1)).model,
+            tokenizer=tiny_tokenizer(),
+        )
+        for size in (target_size, draft_size)
+    )
+    speculation = Speculation(draft=draft, draft_len=3, verification=verification)
+    options = SamplingParams(
+        max_tokens=30, temperature=5.0 if verification == "coupled" else 0.0, seed=3
+    )
+    prompts = [[*prompt_ids(8), target_size - 1]]
+    (plain,) = generate(target, prompts, options)
+    (completion,) = generate(target, prompts, options, speculation=speculation)
+    assert completion.token_ids == plain.token_ids
+    assert max(completion.token_ids) < tiny_tokenizer().vocab_size
+    assert completion.speculation is not None
+    assert completion.speculation.drafted > 0
