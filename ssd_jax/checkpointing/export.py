@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,8 @@ def export_hf(
         safetensors.numpy.save_file(tensors, unfinished[SINGLE_FILE], metadata={"format": "pt"})
         text = json.dumps(raw_config, indent=2, sort_keys=True) + "\n"
         unfinished[CONFIG_FILE].write_text(text, encoding="utf-8")
+        # safetensors makes its file readable by the owner alone; the user's umask should decide.
+        shutil.copymode(unfinished[CONFIG_FILE], unfinished[SINGLE_FILE])
         for name, path in unfinished.items():
             os.replace(path, folder / name)
     except (OSError, safetensors.SafetensorError) as error:

@@ -123,3 +123,10 @@ def test_failed_export_leaves_the_folder_as_it_was(tmp_path, monkeypatch):
         export_hf(CONFIG, random_params(CONFIG, 1, jnp.float32), tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     shutil.rmtree(tmp_path)
+
+
+def test_the_users_umask_decides_who_may_read(tmp_path):
+    loaded = load_checkpoint(FIXTURES / "llama")
+    export_hf(loaded.config, loaded.params, tmp_path)
+    modes = {path.stat().st_mode for path in tmp_path.iterdir()}
+    assert len(modes) == 1
