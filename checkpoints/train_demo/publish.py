@@ -31,6 +31,13 @@ from ssd_jax.types import ModelParams
 WINDOW = 512  # tokens of context at most; every window starts afresh
 WINDOWS_A_BATCH = 4
 ROLES = ("target", "draft")
+WANTED_AGREEMENT = 0.65
+SHORTFALL = """
+The agreement aimed at was 65 %, and it is missed. Both models saw each text about once or less, on
+two CPU cores in under two hours, and most of the draft's few weights are its embedding. A longer run
+or the `large` pair on a GPU is the remedy; speculation works all the same, with shorter accepted
+drafts.
+"""
 CARD = """\
 # Demo pair
 
@@ -49,13 +56,15 @@ ends a chat turn.
 
 ## Held-out text
 
-Documents that were kept out of training (about 2 % of each domain), in windows of {window} tokens.
+Documents that were kept out of training (about 2 % of each domain), in windows of {window} tokens
+spaced evenly over them.
 Agreement: how often the draft's most likely next token is the target's.
 
 | domain | target bits/byte | draft bits/byte | agreement | bytes |
 | --- | --- | --- | --- | --- |
 {rows}
 | **mean** | **{target_bits:.2f}** | **{draft_bits:.2f}** | **{agreement:.1%}** | |
+{shortfall}
 
 ## Training data
 
@@ -90,29 +99,38 @@ def publish_role(run: Path, data: Path, out: Path, role: str) -> None:
         shutil.copyfile(data / "tokenizer" / name, folder / name)
 
 
+def spaced_windows(num_tokens: int, max_tokens: int) -> np.ndarray:
+    """First tokens of whole windows, evenly spaced over a text; they fill whole batches."""
+    possible = (num_tokens - 1) // WINDOW
+    wanted = min(possible, max_tokens // WINDOW) // WINDOWS_A_BATCH * WINDOWS_A_BATCH
+    return np.arange(wanted) * possible // wanted * WINDOW
+
+
 def measure(
-    models: dict[str, Model], tokens: np.ndarray, progress: Progress, domain: str
+    models: dict[str, Model],
+    tokens: np.ndarray,
+    max_tokens: int,
+    progress: Progress,
+    domain: str,
 ) -> dict[str, float]:
     """Bits per byte of both models, and how often their most likely tokens agree."""
     tokenizer = models["target"].tokenizer
     if tokenizer is None:
         raise SystemExit("The published target should have a tokenizer; publish it again.")
-    batch_tokens = WINDOWS_A_BATCH * WINDOW
-    num_batches = (len(tokens) - 1) // batch_tokens
+    starts = spaced_windows(len(tokens), max_tokens)
     nats: dict[str, float] = dict.fromkeys(ROLES, 0.0)
-    agreed = 0
-    for batch in progress.track(range(num_batches), description=domain):
-        first = batch * batch_tokens
-        inputs = tokens[first : first + batch_tokens].reshape(WINDOWS_A_BATCH, WINDOW)
-        labels = tokens[first + 1 : first + batch_tokens + 1].reshape(WINDOWS_A_BATCH, WINDOW)
+    agreed = num_bytes = 0
+    for batch in progress.track(starts.reshape(-1, WINDOWS_A_BATCH), description=domain):
+        windows = np.stack([tokens[start : start + WINDOW + 1] for start in batch])
+        inputs, labels = windows[:, :-1].astype(np.int32), windows[:, 1:].astype(np.int32)
+        texts = (tokenizer.decode(row.tolist(), skip_special_tokens=True) for row in labels)
+        num_bytes += sum(len(text.encode()) for text in texts)
         best = {}
         for role, model in models.items():
             loss, best[role] = score(model.config, model.params, inputs, labels)
             nats[role] += float(loss)
         agreed += int(np.sum(np.asarray(best["target"]) == np.asarray(best["draft"])))
-    num_scored = num_batches * batch_tokens
-    text = tokenizer.decode(tokens[1 : num_scored + 1].tolist(), skip_special_tokens=True)
-    num_bytes = len(text.encode())
+    num_scored = starts.size * WINDOW
     figures = {f"{role}_bits_per_byte": nats[role] / math.log(2) / num_bytes for role in ROLES}
     return {**figures, "agreement": agreed / num_scored, "bytes": num_bytes, "tokens": num_scored}
 
@@ -164,6 +182,7 @@ def write_card(out: Path, card: dict, meta: dict) -> None:
         target_bits=mean["target_bits_per_byte"],
         draft_bits=mean["draft_bits_per_byte"],
         agreement=mean["agreement"],
+        shortfall=SHORTFALL if mean["agreement"] < WANTED_AGREEMENT else "",
         sources="\n".join(sources),
     )
     (out / "README.md").write_text(text, encoding="utf-8")
@@ -185,9 +204,7 @@ def main() -> None:
     arrays, meta = load_split(args.data, "heldout"), load_meta(args.data)
     with Progress(console=Console(stderr=True)) as progress:
         heldout = {
-            domain: measure(
-                models, arrays[domain][: args.tokens + 1].astype(np.int32), progress, domain
-            )
+            domain: measure(models, arrays[domain], args.tokens, progress, domain)
             for domain in DOMAINS
         }
     described = {}
