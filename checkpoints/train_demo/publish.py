@@ -34,10 +34,9 @@ ROLES = ("target", "draft")
 WANTED_AGREEMENT = 0.65
 SHORTFALL = """
 The agreement aimed at was 65 %, and it is missed. Both models saw each text about once or less, on
-two CPU cores in under two hours, and most of the draft's few weights are its embedding. A longer run
-or the `large` pair on a GPU is the remedy; speculation works all the same, with shorter accepted
-drafts.
-"""
+two CPU cores in under two hours, and most of the draft's few weights are its embedding. A longer
+run or the `large` pair on a GPU is the remedy; speculation works all the same, with shorter
+accepted drafts."""
 CARD = """\
 # Demo pair
 
