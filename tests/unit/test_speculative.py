@@ -447,6 +447,7 @@ def test_finished_and_padding_rows_do_nothing_while_others_go_on(model, drafts):
 @pytest.mark.parametrize("draft_len", [1, 2, 3, 4, 7, 16, 64])
 @pytest.mark.parametrize("target", FAMILY_NAMES)
 def test_all_families_draft_lengths_and_verifications(target, draft_len, verification):
+    jax.clear_caches()  # each case compiles anew, and a process holds only so many programs
     model = tokenized(target)
     options = OPTIONS if verification == "coupled" else OPTIONS[:2] * 2
     options = [dataclasses.replace(params, max_tokens=80) for params in options]
