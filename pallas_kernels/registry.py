@@ -1,6 +1,6 @@
 """Which implementations an op has, and why each of them can or cannot run.
 
-An implementation states in words why it does not support a device; the first that supports it runs.
+An implementation states in words why it does not support a device.
 """
 
 import dataclasses
@@ -8,24 +8,17 @@ from collections.abc import Callable
 
 import jax
 
-from pallas_kernels import reference
-
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Implementation:
     """One way to compute an op; `unsupported` says why it cannot run on a device, or None."""
 
     name: str
-    function: Callable[..., jax.Array]
     unsupported: Callable[[jax.Device], str | None]
 
 
 IMPLEMENTATIONS: dict[str, tuple[Implementation, ...]] = {
-    "cached_attention": (
-        Implementation(
-            name="xla", function=reference.cached_attention, unsupported=lambda device: None
-        ),
-    ),
+    "cached_attention": (Implementation(name="xla", unsupported=lambda device: None),),
 }
 
 

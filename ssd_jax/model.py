@@ -28,12 +28,15 @@ class Model:
     config: ModelConfig
     params: ModelParams
     tokenizer: Tokenizer | None
+    vocabulary: dict[str, int] = dataclasses.field(init=False, repr=False)
     unknown_ids: np.ndarray = dataclasses.field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        vocabulary = {} if self.tokenizer is None else self.tokenizer.vocabulary()
+        object.__setattr__(self, "vocabulary", vocabulary)
         unknown = np.zeros(self.config.vocab_size, bool)
-        if self.tokenizer is not None:
-            known = np.fromiter(self.tokenizer.vocabulary().values(), np.int64)
+        if vocabulary:
+            known = np.fromiter(vocabulary.values(), np.int64)
             unknown[:] = True
             unknown[known[known < self.config.vocab_size]] = False
         object.__setattr__(self, "unknown_ids", np.flatnonzero(unknown))

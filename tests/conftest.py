@@ -8,6 +8,8 @@ import hypothesis
 import jax
 import pytest
 
+COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
+
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_default_matmul_precision", "highest")
@@ -36,3 +38,17 @@ def forget_programs():
     """Drop a module's programs after it: thousands in one process exhaust its memory maps."""
     yield
     jax.clear_caches()
+
+
+@pytest.fixture
+def compilations():
+    """Names of the compilations so far, filled as they happen."""
+    seen = []
+
+    def listen(event, duration, **details):
+        if event == COMPILE_EVENT:
+            seen.append(details)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield seen
+    jax.monitoring.unregister_event_duration_listener(listen)

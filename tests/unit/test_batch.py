@@ -21,7 +21,6 @@ from ssd_jax.generation import generate, stream
 from ssd_jax.sampling_params import SamplingParams
 
 NAME = "qwen3"
-COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
 
 @pytest.fixture(scope="module")
@@ -138,20 +137,6 @@ def test_bad_requests_are_refused_at_once_and_in_words(
 def test_there_must_be_as_many_options_as_prompts(bare):
     with pytest.raises(RequestError, match="2 prompts and 3 SamplingParams"):
         generate(bare, [[1], [2]], [SamplingParams()] * 3)
-
-
-@pytest.fixture
-def compilations():
-    """Names of the compilations so far, filled as they happen."""
-    seen = []
-
-    def listen(event, duration, **details):
-        if event == COMPILE_EVENT:
-            seen.append(details)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    yield seen
-    jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def test_the_counter_of_compilations_counts(compilations):

@@ -35,7 +35,6 @@ from ssd_jax.sampling_params import SamplingParams
 NAME = "qwen3"
 DRAFT_LEN = 4
 FALSE_ALARM = 1e-6  # rate at which correct decoding would fail each chi-square test
-COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 SCALES = (0.0, 0.1, 3.0)  # noise on the draft's weights: the target itself, a good draft, a bad one
 
 PROMPTS = [prompt_ids(1), prompt_ids(7), prompt_ids(16), prompt_ids(17)]
@@ -356,20 +355,6 @@ def test_rejection_samples_the_targets_law(name):
     observed = np.array([*observed[~rare], observed[rare].sum()])
     expected = np.array([*expected[~rare], expected[rare].sum()])
     assert scipy.stats.chisquare(observed, expected).pvalue > FALSE_ALARM
-
-
-@pytest.fixture
-def compilations():
-    """Names of the compilations so far, filled as they happen."""
-    seen = []
-
-    def listen(event, duration, **details):
-        if event == COMPILE_EVENT:
-            seen.append(details)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    yield seen
-    jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def test_nothing_is_compiled_for_other_options_or_lengths(model, drafts, compilations):
