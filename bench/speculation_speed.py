@@ -36,8 +36,8 @@ def main() -> None:
     methods: dict[str, Speculation | None] = {"ar": None}
     for length in args.draft_len:
         methods[f"draft k={length}"] = Speculation(draft=draft, draft_len=length)
-    methods["ngram simple"] = Speculation(draft=NgramConfig(kind="simple"))
-    methods["ngram mod"] = Speculation(draft=NgramConfig(kind="mod"))
+    methods["ngram simple"] = Speculation(ngram=NgramConfig(kind="simple"))
+    methods["ngram mod"] = Speculation(ngram=NgramConfig(kind="mod"))
     prompts = read_prompts(args.prompts) if args.prompts else own_prompts()
     params = SamplingParams(max_tokens=args.max_tokens, ignore_eos=True)
     usable = [p for p in prompts if fits(target, p, args.max_tokens)][: args.num_prompts]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from ssd_jax.config import ModelConfig as ModelConfig
     from ssd_jax.drafting.ngram import NgramConfig as NgramConfig
+    from ssd_jax.engine.round_times import measure_round_times as measure_round_times
     from ssd_jax.engine.speculation import Speculation as Speculation
     from ssd_jax.errors import SsdJaxError as SsdJaxError
     from ssd_jax.generation import Completion as Completion
@@ -31,6 +32,7 @@ _HOMES = {
     "SsdJaxError": "errors",
     "generate": "generation",
     "load_model": "model",
+    "measure_round_times": "engine.round_times",
     "stream": "generation",
 }
 __all__ = list(_HOMES)

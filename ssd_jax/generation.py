@@ -13,7 +13,7 @@ import numpy as np
 from ssd_jax.decoding.finish import Finish
 from ssd_jax.engine.batch import Request, make_batch, make_requests
 from ssd_jax.engine.method import autoregressive, speculative
-from ssd_jax.engine.speculation import Speculation, check_pair
+from ssd_jax.engine.speculation import Speculation, check_options, check_pair
 from ssd_jax.model import Model
 from ssd_jax.sampling_params import SamplingParams
 from ssd_jax.text import TextStream
@@ -38,26 +38,56 @@ class TokenLogprobs:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class SpeculationCounts:
-    """What speculation did for one request.
+class DraftCounts:
+    """What a drafter did for one request; the names are vLLM's.
 
     Attributes:
-        target_steps: verifications, that is passes of the target after prefill.
-        drafted: tokens proposed.
-        accepted: proposed tokens that stood (those behind a stop string, which are dropped,
-            included).
-        accepted_at: how often the token at each draft position was accepted.
+        num_drafts: rounds in which it proposed something.
+        num_draft_tokens: tokens proposed.
+        num_accepted_tokens: proposed tokens that stood (those behind a stop string, which are
+            dropped, included).
+        num_accepted_tokens_per_pos: how often the token at each draft position was accepted.
     """
 
-    target_steps: int
-    drafted: int
-    accepted: int
-    accepted_at: tuple[int, ...]
+    num_drafts: int
+    num_draft_tokens: int
+    num_accepted_tokens: int
+    num_accepted_tokens_per_pos: tuple[int, ...]
 
     @property
     def acceptance_rate(self) -> float:
         """Accepted over drafted tokens."""
-        return self.accepted / self.drafted if self.drafted else 0.0
+        return self.num_accepted_tokens / max(1, self.num_draft_tokens)
+
+    @property
+    def mean_acceptance_length(self) -> float:
+        """Tokens that a round with a draft of this drafter emitted, the bonus token included."""
+        return 1 + self.num_accepted_tokens / max(1, self.num_drafts)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class SpeculationCounts:
+    """What speculation did for one request.
+
+    Attributes:
+        target_steps: passes of the target after prefill.
+        drafters: the counts of each drafter, by name ("draft", "ngram").
+    """
+
+    target_steps: int
+    drafters: dict[str, DraftCounts]
+
+    @property
+    def total(self) -> DraftCounts:
+        """The counts of all drafters together."""
+        each = list(self.drafters.values())
+        per_pos = zip(*(counts.num_accepted_tokens_per_pos for counts in each), strict=True)
+        return DraftCounts(
+            num_drafts=sum(counts.num_drafts for counts in each),
+            num_draft_tokens=sum(counts.num_draft_tokens for counts in each),
+            num_accepted_tokens=sum(counts.num_accepted_tokens for counts in each),
+            num_accepted_tokens_per_pos=tuple(map(sum, per_pos)),
+        )
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,12 +173,13 @@ def _run(
     if speculation is None:
         method, batch = autoregressive(model), make_batch(model, requests)
     else:
-        draft = speculation.draft if isinstance(speculation.draft, Model) else None
-        if draft is not None:
-            check_pair(model, draft)
+        if speculation.draft is not None:
+            check_pair(model, speculation.draft)
+        check_options(speculation, [request.params for request in requests])
         method = speculative(model, speculation)
-        batch = make_batch(model, requests, speculation.draft_len, draft)
-    rows = [_Row(model, index, request) for index, request in enumerate(requests)]
+        batch = make_batch(model, requests, speculation.longest_draft, speculation.draft)
+    drafters = () if speculation is None else speculation.drafter.names
+    rows = [_Row(model, index, request, drafters) for index, request in enumerate(requests)]
     state = method.prefill(batch)
     num_steps = 1 if steps_between_looks else batch.max_steps
     while any(row.completion is None for row in rows):
@@ -170,8 +201,9 @@ def _run(
 class _Row:
     """What the host keeps for one request while it is decoded."""
 
-    def __init__(self, model: Model, index: int, request: Request) -> None:
+    def __init__(self, model: Model, index: int, request: Request, drafters: Sequence[str]) -> None:
         self.index = index
+        self._drafters = drafters
         self.completion: Completion | None = None
         self._request = request
         self._seen = len(request.prompt_ids)
@@ -239,9 +271,16 @@ class _Row:
     def _counts(self, stats: SpeculationStats | None) -> SpeculationCounts | None:
         if stats is None:
             return None
+        row = self.index
         return SpeculationCounts(
-            target_steps=int(stats.target_steps[self.index]),
-            drafted=int(stats.drafted[self.index]),
-            accepted=int(stats.accepted[self.index]),
-            accepted_at=tuple(np.asarray(stats.accepted_at[self.index]).tolist()),
+            target_steps=int(stats.target_steps[row]),
+            drafters={
+                name: DraftCounts(
+                    num_drafts=int(stats.drafts[row, index]),
+                    num_draft_tokens=int(stats.drafted[row, index]),
+                    num_accepted_tokens=int(stats.accepted[row, index]),
+                    num_accepted_tokens_per_pos=tuple(stats.accepted_at[row, index].tolist()),
+                )
+                for index, name in enumerate(self._drafters)
+            },
         )

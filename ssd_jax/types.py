@@ -11,6 +11,7 @@ Axis letters, as in `jax.nn.dot_product_attention`, the same in every file:
 | K      | key/value heads               | J      | draft_len (drafted tokens)         |
 | G      | N / K, queries per kv head    | R      | fan_out (branches)                 |
 | H      | head dimension                | E      | end-of-sequence ids, padded by -1  |
+| P      | drafters (proposers)          |        |                                    |
 
 Donated trees (`KVCache`, `DecodeState`) hold buffers and nothing else.
 """
@@ -101,12 +102,14 @@ class Draft:
 
     Row b drafts `count[b]` tokens; what `tokens` holds beyond them is padding. `law` holds
     log-probabilities, or is None when every drafted token is a point mass (a deterministic draft,
-    or one whose verification needs no law).
+    or one whose verification needs no law). `drafter` says which of the loop's drafters a row's
+    draft is of.
     """
 
     tokens: Int[Array, "B J"]
     count: Int[Array, "B"]
     law: Float[Array, "B J V"] | None
+    drafter: Int[Array, "B"]
 
 
 @struct.dataclass
@@ -119,16 +122,31 @@ class Verdict:
 
 @struct.dataclass
 class SpeculationStats:
-    """What speculation did for each row so far.
+    """What speculation did for each row so far, drafter by drafter.
 
-    `target_steps` counts verifications, `drafted` and `accepted` tokens, `accepted_at[b, j]` how
-    often the token at draft position j was accepted.
+    `target_steps` counts passes of the target, `drafts` the rounds in which a drafter proposed
+    something, `drafted` and `accepted` tokens, and `accepted_at[b, p, j]` how often the token at
+    draft position j was accepted.
     """
 
     target_steps: Int[Array, "B"]
-    drafted: Int[Array, "B"]
-    accepted: Int[Array, "B"]
-    accepted_at: Int[Array, "B J"]
+    drafts: Int[Array, "B P"]
+    drafted: Int[Array, "B P"]
+    accepted: Int[Array, "B P"]
+    accepted_at: Int[Array, "B P J"]
+
+
+@struct.dataclass
+class Pace:
+    """How each drafter fared in each row lately: older rounds count less.
+
+    `tried` drafted tokens were judged (those behind the first rejected one were not), `accepted` of
+    them stood; `idle` rounds have passed since the drafter last proposed something.
+    """
+
+    tried: Float[Array, "P B"]
+    accepted: Float[Array, "P B"]
+    idle: Int[Array, "P B"]
 
 
 @struct.dataclass
@@ -150,8 +168,12 @@ class DecodeState:
 
 @struct.dataclass
 class SpeculativeState:
-    """A batch decoded with speculation; `drafter` is what the drafter remembers."""
+    """A batch decoded with speculation; `drafter` is what the drafter remembers.
+
+    `pace` is None where drafts are as long as they may be.
+    """
 
     target: DecodeState
     drafter: PyTree
     stats: SpeculationStats
+    pace: Pace | None

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from ssd_jax.sampling import Purpose, position_key, sample_tokens
 from ssd_jax.types import Draft, Sampling, Verdict
 
-Verification = Literal["coupled", "rejection"]
+Verification = Literal["coupled", "rejection", "greedy"]
 
 
 def verify(
@@ -25,11 +25,29 @@ def verify(
     laws: Float[Array, "B J+1 V"],
     sampling: Sampling,
     positions: Int[Array, "B"],
+    synthetic_acceptance: Float[Array, ""] | None = None,
 ) -> Verdict:
-    """The verdict by the chosen rule; for greedy rows both rules accept the target's own tokens."""
-    if verification == "coupled":
-        return verify_coupled(draft, laws, sampling, positions)
-    return verify_rejection(draft, laws, sampling, positions)
+    """The verdict by the chosen rule; for greedy rows all rules accept the target's own tokens.
+
+    With a synthetic acceptance, drafted tokens stand or fall by chance instead.
+    """
+    if synthetic_acceptance is not None:
+        return verify_synthetic(draft, laws, sampling, positions, synthetic_acceptance)
+    match verification:
+        case "coupled":
+            return verify_coupled(draft, laws, sampling, positions)
+        case "rejection":
+            return verify_rejection(draft, laws, sampling, positions)
+        case "greedy":
+            return verify_greedy(draft, laws)
+
+
+def verify_greedy(draft: Draft, laws: Float[Array, "B J+1 V"]) -> Verdict:
+    """Accept drafted tokens while they are the target's most likely ones; draws no random numbers.
+
+    Exactness: for greedy rows only; the caller refuses others.
+    """
+    return _match(draft, jnp.argmax(laws, axis=-1).astype(jnp.int32))
 
 
 def verify_coupled(
@@ -49,9 +67,7 @@ def verify_coupled(
         in_axes=(1, 0),
         out_axes=1,
     )(laws, offsets)
-    num_accepted = _leading(draft, draft.tokens == own[:, :-1])
-    bonus_token = jnp.take_along_axis(own, num_accepted[:, None], axis=1)[:, 0]
-    return Verdict(num_accepted=num_accepted, bonus_token=bonus_token)
+    return _match(draft, own)
 
 
 def verify_rejection(
@@ -90,6 +106,33 @@ def verify_rejection(
     use_residual = was_rejected & jnp.any(residual > -jnp.inf, axis=-1)
     law = jnp.where(use_residual[:, None], residual, law)
     bonus_token = sample_tokens(law, sampling, positions + num_accepted, Purpose.BONUS)
+    return Verdict(num_accepted=num_accepted, bonus_token=bonus_token)
+
+
+def verify_synthetic(
+    draft: Draft,
+    laws: Float[Array, "B J+1 V"],
+    sampling: Sampling,
+    positions: Int[Array, "B"],
+    acceptance: Float[Array, ""],
+) -> Verdict:
+    """Accept each token in front of the first rejected one with probability `acceptance`.
+
+    For measuring what rounds cost apart from how well two models agree: the output is not the
+    target's. The bonus token is the target's choice.
+    """
+    offsets = jnp.arange(draft.tokens.shape[1], dtype=positions.dtype)
+    uniform = _uniforms(sampling, positions[:, None] + offsets)
+    num_accepted = _leading(draft, uniform < acceptance)
+    law = jnp.take_along_axis(laws, num_accepted[:, None, None], axis=1)[:, 0]
+    bonus_token = sample_tokens(law, sampling, positions + num_accepted)
+    return Verdict(num_accepted=num_accepted, bonus_token=bonus_token)
+
+
+def _match(draft: Draft, own: Int[Array, "B J+1"]) -> Verdict:
+    """The verdict that keeps drafted tokens while they are the target's own."""
+    num_accepted = _leading(draft, draft.tokens == own[:, :-1])
+    bonus_token = jnp.take_along_axis(own, num_accepted[:, None], axis=1)[:, 0]
     return Verdict(num_accepted=num_accepted, bonus_token=bonus_token)
 
 

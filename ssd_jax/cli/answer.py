@@ -140,8 +140,12 @@ def _as_json(answer: Answer, params: SamplingParams) -> dict[str, object]:
     if answer.completion is not None and answer.completion.speculation is not None:
         counts = answer.completion.speculation
         account["speculation"] = {
-            **dataclasses.asdict(counts),
-            "acceptance_rate": counts.acceptance_rate,
+            "target_steps": counts.target_steps,
+            "tokens_per_target_step": len(answer.token_ids) / max(1, counts.target_steps),
+            "drafters": {
+                name: {**dataclasses.asdict(own), "acceptance_rate": own.acceptance_rate}
+                for name, own in counts.drafters.items()
+            },
         }
     return account
 
@@ -159,9 +163,10 @@ def _statistics(answer: Answer) -> str:
     parts.append(_ENDINGS[answer.finish_reason])
     counts = None if answer.completion is None else answer.completion.speculation
     if counts is not None:
-        parts.append(
-            f"{counts.accepted} of {counts.drafted} drafted tokens accepted "
-            f"({counts.acceptance_rate:.0%}), {number / max(1, counts.target_steps):.2f} tokens a "
-            "target step"
-        )
+        parts += [
+            f"{own.num_accepted_tokens} of {own.num_draft_tokens} tokens drafted by {name} "
+            f"accepted ({own.acceptance_rate:.0%})"
+            for name, own in counts.drafters.items()
+        ]
+        parts.append(f"{number / max(1, counts.target_steps):.2f} tokens a target step")
     return ", ".join(parts)

@@ -37,7 +37,7 @@ def run_chat(args: argparse.Namespace) -> int:
     from ssd_jax.cli.session import open_model, open_speculation
 
     model, tokenizer = open_model(args)
-    speculation = open_speculation(args, model)
+    speculation = open_speculation(args, model, sampling_params(args, model.config.max_context))
     if tokenizer.chat_template is None:
         raise RequestError(
             "Expected a model with a chat template, got one without; use `ssd-jax generate`."

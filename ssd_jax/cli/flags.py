@@ -10,6 +10,7 @@ from ssd_jax.errors import RequestError
 from ssd_jax.sampling_params import SamplingParams
 
 DEFAULT_MAX_TOKENS = 256
+AUTO = "auto"
 
 
 def add_shared_flags(parser: argparse.ArgumentParser) -> None:
@@ -64,9 +65,10 @@ def _add_model_flags(group: argparse._ArgumentGroup) -> None:
 def _add_speculation_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--method",
-        choices=("ar", "draft", "ngram"),
+        choices=("ar", "draft", "ngram", "combined"),
         help="ar decodes token by token; draft verifies what a draft model proposes; ngram what "
-        "followed the same tokens before (default: draft if --draft-model is given, else ar)",
+        "followed the same tokens before; combined does the latter where it can, else the former "
+        "(default: draft if --draft-model is given, else ar)",
     )
     group.add_argument(
         "--draft-model",
@@ -77,9 +79,10 @@ def _add_speculation_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "-k",
         "--draft-len",
-        type=whole_number,
+        type=_draft_len,
         metavar="N",
-        help="most tokens drafted in a round, 1 to 64 (default: 4 for draft, 16 for ngram)",
+        help="most tokens drafted in a round, 1 to 64, of combined by the model (default: 4, for "
+        "ngram 16); auto measures what rounds cost and drafts as much as pays, or nothing",
     )
     group.add_argument(
         "--ngram-kind",
@@ -96,10 +99,25 @@ def _add_speculation_flags(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--verification",
-        choices=("coupled", "rejection"),
+        choices=("coupled", "rejection", "greedy"),
         default="coupled",
         help="when sampling: coupled emits the tokens of --method ar with the same seed, rejection "
-        "others of the same distribution and accepts more (default: coupled)",
+        "others of the same distribution and accepts more; greedy is for temperature 0, where all "
+        "three agree (default: coupled)",
+    )
+    _add_switch(
+        group,
+        "--exact",
+        "every pass of the target takes draft-len + 1 tokens, with --method ar too, so that "
+        "bfloat16 ties fall the same way; says what that costs",
+        default=False,
+    )
+    group.add_argument(
+        "--synthetic-acceptance",
+        type=number,
+        metavar="RATE",
+        help="accept drafted tokens with this probability whatever they are, to measure speed: the "
+        "text is then NOT the model's (default: off)",
     )
 
 
@@ -219,6 +237,10 @@ def _option(name: str, convert: Callable[[str], float]) -> Callable[[str], float
         return value
 
     return read
+
+
+def _draft_len(text: str) -> int | str:
+    return AUTO if text == AUTO else whole_number(text)
 
 
 def _logit_bias(text: str) -> tuple[int, float]:

@@ -35,9 +35,9 @@ def run_generate(args: argparse.Namespace) -> int:
     from ssd_jax.cli.session import open_model, open_speculation
 
     model, tokenizer = open_model(args)
-    speculation = open_speculation(args, model)
     prompt_ids = tokenizer.encode(prompt)
     params = sampling_params(args, model.config.max_context - len(prompt_ids))
+    speculation = open_speculation(args, model, params)
     if args.echo and not args.json:
         print(prompt, end="", flush=True)
     answer = print_answer(model, speculation, prompt_ids, params, args)

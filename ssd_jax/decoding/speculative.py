@@ -1,9 +1,8 @@
 """Speculative decoding: draft, verify, emit, the whole loop on one device.
 
 One round: the drafter proposes up to draft_len tokens; the target scores the text's last token and
-the whole draft in one pass of draft_len + 1 tokens; verification keeps a prefix and adds one token
-of the target's. Both caches are rewound by setting lengths: what was rejected is overwritten
-later.
+the draft in one pass; verification keeps a prefix and adds one token of the target's. Both caches
+are rewound by setting lengths: what was rejected is overwritten later.
 """
 
 import dataclasses
@@ -11,13 +10,14 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from ssd_jax.config import ModelConfig
 from ssd_jax.decoding.autoregressive import decode_step
 from ssd_jax.decoding.emission import emit, record_logprobs
 from ssd_jax.decoding.finish import Finish
 from ssd_jax.drafting.drafter import Drafter
+from ssd_jax.drafting.pace import draft_limits, update_pace
 from ssd_jax.models.decoder import compute_logits, forward
 from ssd_jax.sampling import counts_along_draft, over_positions, reported_logprobs, warp
 from ssd_jax.types import (
@@ -31,9 +31,13 @@ from ssd_jax.types import (
 )
 from ssd_jax.verification import Verification, verify
 
+Outcome = tuple[DecodeState, Int[Array, "B"]]
+
 
 @functools.partial(
-    jax.jit, static_argnames=("config", "drafter", "verification"), donate_argnames="state"
+    jax.jit,
+    static_argnames=("config", "drafter", "verification", "widths"),
+    donate_argnames="state",
 )
 def decode_speculative(
     config: ModelConfig,
@@ -43,13 +47,32 @@ def decode_speculative(
     sampling: Sampling,
     state: SpeculativeState,
     num_rounds: Int[Array, ""],
+    round_s: Float[Array, "P J+1"] | None = None,
+    synthetic_acceptance: Float[Array, ""] | None = None,
     *,
     verification: Verification,
+    widths: tuple[int, ...],
 ) -> SpeculativeState:
     """The state after `num_rounds` more rounds, or as soon as no row is running.
 
     Exactness: greedy rows emit the target's own tokens; sampled rows the tokens of autoregressive
     decoding with the same seed (coupled) or of the same distribution (rejection).
+
+    Args:
+        config: of the target.
+        params: of the target.
+        drafter: who proposes tokens.
+        drafter_params: its weights.
+        sampling: options of every row.
+        state: where to go on from.
+        num_rounds: most rounds to run.
+        round_s: seconds of a round by drafter and draft length, by which each row's draft length is
+            chosen anew before every round; None drafts as much as there is room for.
+        synthetic_acceptance: accept drafted tokens with this probability whatever they are. The
+            output is then not the target's.
+        verification: the rule by which drafted tokens stand.
+        widths: tokens in a pass of the target, ascending: each round takes the smallest that holds
+            its longest draft and the token before it.
     """
 
     def unfinished(carry: tuple[Array, SpeculativeState]) -> Array:
@@ -58,23 +81,66 @@ def decode_speculative(
 
     def advance(carry: tuple[Array, SpeculativeState]) -> tuple[Array, SpeculativeState]:
         count, state = carry
-        before = state.target
-        draft, memory = drafter.draft(drafter_params, sampling, before, state.drafter)
+        before, pace = state.target, state.pace
+        running = before.finish == Finish.RUNNING
+        limits = draft_room(sampling, before, drafter)
+        if pace is not None and round_s is not None:
+            limits = jnp.minimum(limits, draft_limits(pace, round_s))
+        draft, memory = drafter.draft(drafter_params, sampling, before, state.drafter, limits)
 
-        def verified() -> tuple[DecodeState, SpeculationStats]:
-            return verify_round(config, params, sampling, before, state.stats, draft, verification)
+        def run(width: int) -> Outcome:
+            if width == 1:
+                after = decode_step(config, params, sampling, before)
+                return after, jnp.zeros_like(draft.count)
+            return verify_round(
+                config,
+                params,
+                sampling,
+                before,
+                cut_draft(draft, width - 1),
+                synthetic_acceptance,
+                verification,
+            )
 
-        def plain() -> tuple[DecodeState, SpeculationStats]:
-            return decode_step(config, params, sampling, before), add_step(state.stats, before)
-
-        if drafter.may_decline:
-            after, stats = jax.lax.cond(jnp.any(draft.count > 0), verified, plain)
-        else:
-            after, stats = verified()
-        memory = drafter.learn(before, after, memory)
-        return count + 1, SpeculativeState(target=after, drafter=memory, stats=stats)
+        branches = [functools.partial(run, width) for width in widths]
+        needed = jnp.max(jnp.where(running, draft.count, 0)) + 1
+        smallest = jnp.sum(jnp.array(widths[:-1], jnp.int32) < needed)
+        after, num_accepted = jax.lax.switch(smallest, branches)
+        return count + 1, SpeculativeState(
+            target=after,
+            drafter=drafter.learn(before, after, draft, memory),
+            stats=add_round(state.stats, draft, num_accepted, running, after, before),
+            pace=None if pace is None else update_pace(pace, draft, num_accepted, running),
+        )
 
     return jax.lax.while_loop(unfinished, advance, (jnp.int32(0), state))[1]
+
+
+def verify_widths(draft_len: int, *, may_decline: bool) -> tuple[int, ...]:
+    """Pass widths that the loop chooses from; few, since each is a program of its own.
+
+    Drafts of one known length need one width. Others need a plain step for rounds without a draft,
+    and a few steps up to the longest draft.
+    """
+    if not may_decline:
+        return (draft_len + 1,)
+    return (*(width for width in (1, 5, 17) if width <= draft_len), draft_len + 1)
+
+
+def draft_room(sampling: Sampling, target: DecodeState, drafter: Drafter) -> Int[Array, "P B"]:
+    """Most tokens to draft for each row: what fits before its limit together with the bonus token.
+
+    Nothing for rows that have ended.
+    """
+    room = jnp.clip(sampling.max_length - target.lengths - 1, 0, drafter.draft_len)
+    room = jnp.where(target.finish == Finish.RUNNING, room, 0).astype(jnp.int32)
+    return jnp.broadcast_to(room, (len(drafter.names), *room.shape))
+
+
+def cut_draft(draft: Draft, draft_len: int) -> Draft:
+    """The draft's first `draft_len` positions, which are all that any row uses."""
+    law = None if draft.law is None else draft.law[:, :draft_len]
+    return dataclasses.replace(draft, tokens=draft.tokens[:, :draft_len], law=law)
 
 
 def verify_round(
@@ -82,11 +148,14 @@ def verify_round(
     params: ModelParams,
     sampling: Sampling,
     before: DecodeState,
-    stats: SpeculationStats,
     draft: Draft,
+    synthetic_acceptance: Float[Array, ""] | None,
     verification: Verification,
-) -> tuple[DecodeState, SpeculationStats]:
-    """The text after the target verified a draft: its accepted part and the bonus token emitted."""
+) -> Outcome:
+    """The text after the target verified a draft, and how many drafted tokens stood.
+
+    The accepted part and the bonus token are emitted.
+    """
     last = before.lengths - 1
     last_token = jnp.take_along_axis(before.tokens, last[:, None], axis=1)
     inputs = jnp.concatenate([last_token, draft.tokens], axis=1)
@@ -94,42 +163,44 @@ def verify_round(
     logits = compute_logits(params, hidden)
     counts = counts_along_draft(before.output_counts, draft.tokens)
     laws = over_positions(warp, logits, counts, sampling=sampling)
-    verdict = verify(verification, draft, laws, sampling, before.lengths)
-    offsets = jnp.arange(inputs.shape[1], dtype=jnp.int32)
-    padded = jnp.pad(draft.tokens, ((0, 0), (0, 1)))
-    accepted = offsets < verdict.num_accepted[:, None]
-    candidates = jnp.where(accepted, padded, verdict.bonus_token[:, None])
+    verdict = verify(verification, draft, laws, sampling, before.lengths, synthetic_acceptance)
+    candidates = verified_tokens(draft, verdict)
     logprobs = before.logprobs
     if logprobs is not None:
         shown = over_positions(reported_logprobs, logits, counts, sampling=sampling)
         logprobs = record_logprobs(logprobs, shown, candidates, before.lengths)
     target = dataclasses.replace(before, cache=cache, logprobs=logprobs)
     target = emit(target, sampling, candidates, verdict.num_accepted + 1)
-    running = before.finish == Finish.RUNNING
-    num_emitted = target.lengths - before.lengths
-    return target, add_round(stats, draft, verdict, running, num_emitted)
+    return target, verdict.num_accepted
+
+
+def verified_tokens(draft: Draft, verdict: Verdict) -> Int[Array, "B J+1"]:
+    """The accepted tokens of each row, then its bonus token (which also fills what is left)."""
+    offsets = jnp.arange(draft.tokens.shape[1] + 1, dtype=jnp.int32)
+    padded = jnp.pad(draft.tokens, ((0, 0), (0, 1)))
+    accepted = offsets < verdict.num_accepted[:, None]
+    return jnp.where(accepted, padded, verdict.bonus_token[:, None])
 
 
 def add_round(
     stats: SpeculationStats,
     draft: Draft,
-    verdict: Verdict,
-    running: Array,
-    num_emitted: Int[Array, "B"],
+    num_accepted: Int[Array, "B"],
+    running: Bool[Array, "B"],
+    after: DecodeState,
+    before: DecodeState,
 ) -> SpeculationStats:
     """The statistics with one more round of the running rows; only emitted tokens count."""
+    num_drafters = stats.drafts.shape[1]
     ran = running.astype(jnp.int32)
-    accepted = jnp.minimum(verdict.num_accepted, num_emitted) * ran
+    mine = (draft.drafter[:, None] == jnp.arange(num_drafters)).astype(jnp.int32) * ran[:, None]
+    accepted = jnp.minimum(num_accepted, after.lengths - before.lengths)
     offsets = jnp.arange(draft.tokens.shape[1], dtype=jnp.int32)
+    stood = (offsets < accepted[:, None]).astype(jnp.int32)
     return SpeculationStats(
         target_steps=stats.target_steps + ran,
-        drafted=stats.drafted + draft.count * ran,
-        accepted=stats.accepted + accepted,
-        accepted_at=stats.accepted_at + (offsets < accepted[:, None]).astype(jnp.int32),
+        drafts=stats.drafts + mine * (draft.count > 0)[:, None],
+        drafted=stats.drafted + mine * draft.count[:, None],
+        accepted=stats.accepted + mine * accepted[:, None],
+        accepted_at=stats.accepted_at + mine[..., None] * stood[:, None],
     )
-
-
-def add_step(stats: SpeculationStats, before: DecodeState) -> SpeculationStats:
-    """The statistics with one plain step of the running rows, for which nothing was drafted."""
-    ran = (before.finish == Finish.RUNNING).astype(jnp.int32)
-    return dataclasses.replace(stats, target_steps=stats.target_steps + ran)

@@ -7,12 +7,14 @@ pytree that goes in and comes out.
 import dataclasses
 from typing import Protocol, runtime_checkable
 
+import jax
 import jax.numpy as jnp
-from jaxtyping import PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from ssd_jax.config import ModelConfig
-from ssd_jax.drafting.draft_model import draft_tokens
+from ssd_jax.drafting.draft_model import catch_up, draft_tokens
 from ssd_jax.drafting.ngram import NgramConfig, NgramState, draft_ngram, update_ngram
+from ssd_jax.drafting.ngram_hash import point_masses
 from ssd_jax.types import DecodeState, Draft, KVCache, ModelParams, Sampling
 from ssd_jax.verification import Verification
 
@@ -21,9 +23,13 @@ from ssd_jax.verification import Verification
 class Drafter(Protocol):
     """Proposes tokens in front of a verification and learns from its outcome.
 
-    `draft_len` is the most tokens it proposes; `may_decline` says that it may propose none at all
-    for a whole batch, for which the loop then takes a plain step.
+    `names` lists whose drafts are told apart (P of them), `draft_len` is the most tokens of any
+    draft; `may_decline` says that there may be none at all for a whole batch, for which the loop
+    then takes a plain step.
     """
+
+    @property
+    def names(self) -> tuple[str, ...]: ...  # noqa: D102
 
     @property
     def draft_len(self) -> int: ...  # noqa: D102
@@ -32,14 +38,45 @@ class Drafter(Protocol):
     def may_decline(self) -> bool: ...  # noqa: D102
 
     def draft(
-        self, params: PyTree, sampling: Sampling, target: DecodeState, state: PyTree
+        self,
+        params: PyTree,
+        sampling: Sampling,
+        target: DecodeState,
+        state: PyTree,
+        limits: Int[Array, "P B"],
     ) -> tuple[Draft, PyTree]:
-        """Tokens for every row, and the drafter's state after proposing them."""
+        """Up to `limits` tokens for every row, and the drafter's state after proposing them."""
         ...
 
-    def learn(self, before: DecodeState, after: DecodeState, state: PyTree) -> PyTree:
-        """The drafter's state once the text grew from `before` to `after`."""
+    def learn(self, before: DecodeState, after: DecodeState, draft: Draft, state: PyTree) -> PyTree:
+        """The drafter's state once the text grew from `before` to `after` with this draft."""
         ...
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class NoDrafter:
+    """Proposes nothing: the target alone, in passes as wide as for drafts of `draft_len` tokens."""
+
+    draft_len: int
+    names: tuple[str, ...] = ()
+    may_decline: bool = False
+
+    def draft(
+        self,
+        params: None,
+        sampling: Sampling,
+        target: DecodeState,
+        state: None,
+        limits: Int[Array, "P B"],
+    ) -> tuple[Draft, None]:
+        """No tokens."""
+        rows = target.lengths.shape[0]
+        tokens = jnp.zeros((rows, self.draft_len), jnp.int32)
+        return point_masses(tokens, jnp.zeros(rows, jnp.int32)), None
+
+    def learn(self, before: DecodeState, after: DecodeState, draft: Draft, state: None) -> None:
+        """Nothing."""
+        return
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,20 +86,50 @@ class ModelDrafter:
     config: ModelConfig
     draft_len: int
     verification: Verification
-    may_decline: bool = False
+    may_decline: bool
+    names: tuple[str, ...] = ("draft",)
 
     def draft(
-        self, params: ModelParams, sampling: Sampling, target: DecodeState, state: KVCache
+        self,
+        params: ModelParams,
+        sampling: Sampling,
+        target: DecodeState,
+        state: KVCache,
+        limits: Int[Array, "P B"],
     ) -> tuple[Draft, KVCache]:
-        """`draft_len` tokens for every row that is not near its limit."""
-        return draft_tokens(
-            self.config, params, sampling, target, state, self.draft_len, self.verification
-        )
+        """As many tokens as the limits allow; only a drafter that may decline can fall behind."""
+        limit = jnp.minimum(limits[0], self.draft_len)
 
-    def learn(self, before: DecodeState, after: DecodeState, state: KVCache) -> KVCache:
-        """The cache cut back to the text; its last drafted token was never fed."""
-        fed = before.lengths - 1 + self.draft_len
-        return dataclasses.replace(state, lengths=jnp.minimum(after.lengths - 1, fed))
+        def propose(cache: KVCache) -> tuple[Draft, KVCache]:
+            if self.may_decline:
+                cache = catch_up(self.config, params, target, cache)
+            return draft_tokens(
+                self.config,
+                params,
+                sampling,
+                target,
+                cache,
+                limit,
+                draft_len=self.draft_len,
+                verification=self.verification,
+            )
+
+        if not self.may_decline:
+            return propose(state)
+
+        def decline(cache: KVCache) -> tuple[Draft, KVCache]:
+            shapes = jax.eval_shape(propose, cache)[0]
+            return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes), cache
+
+        return jax.lax.cond(jnp.any(limit > 0), propose, decline, state)
+
+    def learn(
+        self, before: DecodeState, after: DecodeState, draft: Draft, state: KVCache
+    ) -> KVCache:
+        """The cache cut back to the text and the accepted part of the draft."""
+        accepted = jnp.minimum(after.lengths - 1 - before.lengths, draft.count)
+        known = before.lengths + jnp.maximum(accepted, 0)
+        return dataclasses.replace(state, lengths=jnp.minimum(state.lengths, known))
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +138,7 @@ class NgramDrafter:
 
     config: NgramConfig
     may_decline: bool = True
+    names: tuple[str, ...] = ("ngram",)
 
     @property
     def draft_len(self) -> int:
@@ -78,20 +146,94 @@ class NgramDrafter:
         return self.config.max_draft
 
     def draft(
-        self, params: None, sampling: Sampling, target: DecodeState, state: NgramState
+        self,
+        params: None,
+        sampling: Sampling,
+        target: DecodeState,
+        state: NgramState,
+        limits: Int[Array, "P B"],
     ) -> tuple[Draft, NgramState]:
         """Point masses, or none where the text's end was not seen before."""
         draft = draft_ngram(self.config, state, target.tokens, target.lengths)
-        room = jnp.maximum(sampling.max_length - target.lengths - 1, 0)
-        return dataclasses.replace(draft, count=jnp.minimum(draft.count, room)), state
+        return dataclasses.replace(draft, count=jnp.minimum(draft.count, limits[0])), state
 
-    def learn(self, before: DecodeState, after: DecodeState, state: NgramState) -> NgramState:
+    def learn(
+        self, before: DecodeState, after: DecodeState, draft: Draft, state: NgramState
+    ) -> NgramState:
         """The tables with the new tokens in them."""
+        width = draft.tokens.shape[1] + 1
         return update_ngram(
-            self.config,
-            state,
-            after.tokens,
-            before.lengths,
-            after.lengths,
-            width=self.draft_len + 1,
+            self.config, state, after.tokens, before.lengths, after.lengths, width=width
         )
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class CombinedDrafter:
+    """n-grams first; the draft model for the rows where they have nothing."""
+
+    ngram: NgramDrafter
+    model: ModelDrafter
+    may_decline: bool = True
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Who may have made a draft."""
+        return (*self.ngram.names, *self.model.names)
+
+    @property
+    def draft_len(self) -> int:
+        """Most tokens in a draft of either."""
+        return max(self.ngram.draft_len, self.model.draft_len)
+
+    def draft(
+        self,
+        params: ModelParams,
+        sampling: Sampling,
+        target: DecodeState,
+        state: tuple[NgramState, KVCache],
+        limits: Int[Array, "P B"],
+    ) -> tuple[Draft, tuple[NgramState, KVCache]]:
+        """Rows of both kinds side by side; the model rests in rounds where every row has n-grams.
+
+        Under rejection an n-gram row's law is spelt out as point masses.
+        """
+        tables, cache = state
+        copied, tables = self.ngram.draft(None, sampling, target, tables, limits[:1])
+        found = copied.count > 0
+        asked = jnp.where(found, 0, limits[1:])
+        proposed, cache = self.model.draft(params, sampling, target, cache, asked)
+        width = self.draft_len
+        tokens = jnp.where(
+            found[:, None], _pad_draft(copied.tokens, width), _pad_draft(proposed.tokens, width)
+        )
+        law = None
+        if proposed.law is not None:
+            law = _pad_draft(proposed.law, width)
+            vocabulary = jnp.arange(law.shape[-1], dtype=tokens.dtype)
+            masses: Float[Array, "B J V"] = jnp.where(tokens[..., None] == vocabulary, 0, -jnp.inf)
+            law = jnp.where(found[:, None, None], masses, law)
+        count = jnp.where(found, copied.count, proposed.count)
+        drafter = jnp.where(found, 0, 1).astype(jnp.int32)
+        return Draft(tokens=tokens, count=count, law=law, drafter=drafter), (tables, cache)
+
+    def learn(
+        self,
+        before: DecodeState,
+        after: DecodeState,
+        draft: Draft,
+        state: tuple[NgramState, KVCache],
+    ) -> tuple[NgramState, KVCache]:
+        """Both learn; of a copied draft nothing is in the model's cache."""
+        tables, cache = state
+        own = dataclasses.replace(draft, count=jnp.where(draft.drafter == 1, draft.count, 0))
+        return (
+            self.ngram.learn(before, after, draft, tables),
+            self.model.learn(before, after, own, cache),
+        )
+
+
+def _pad_draft(values: Array, width: int) -> Array:
+    """Values [B J ...] padded with zeros to `width` draft positions."""
+    padding = [(0, 0)] * values.ndim
+    padding[1] = (0, width - values.shape[1])
+    return jnp.pad(values, padding)

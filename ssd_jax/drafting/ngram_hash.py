@@ -109,11 +109,13 @@ def copy_draft(
     period = jnp.where(found, lengths - source, 1)
     offsets = jnp.arange(max_draft, dtype=jnp.int32) % period[:, None]
     copied = jnp.take_along_axis(tokens, jnp.maximum(source, 0)[:, None] + offsets, axis=1)
-    return Draft(
-        tokens=jnp.where(found[:, None], copied, 0),
-        count=jnp.where(found, max_draft, 0).astype(jnp.int32),
-        law=None,
-    )
+    count = jnp.where(found, max_draft, 0).astype(jnp.int32)
+    return point_masses(jnp.where(found[:, None], copied, 0), count)
+
+
+def point_masses(tokens: Int[Array, "B J"], count: Int[Array, "B"]) -> Draft:
+    """A draft without a law, of a loop's first drafter."""
+    return Draft(tokens=tokens, count=count, law=None, drafter=jnp.zeros_like(count))
 
 
 def _entries(table: Int[Array, "B M"], hashes: UInt32[Array, "B W"]) -> Int[Array, "B W A"]:

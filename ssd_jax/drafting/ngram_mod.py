@@ -14,6 +14,7 @@ from ssd_jax.drafting.ngram_hash import (
     hash_grams,
     mix,
     new_positions,
+    point_masses,
     window_before,
 )
 from ssd_jax.types import Draft
@@ -101,7 +102,7 @@ def draft_mod(
     _, _, _, window, count = jax.lax.while_loop(going, look_up, start)
     count = jnp.where(count >= min_draft, count, 0)
     drafted = jnp.arange(max_draft, dtype=jnp.int32) < count[:, None]
-    return Draft(tokens=jnp.where(drafted, window[:, n:], 0), count=count, law=None)
+    return point_masses(jnp.where(drafted, window[:, n:], 0), count)
 
 
 def _entry(table: Int[Array, "P"], hashes: UInt32[Array, "..."]) -> Int[Array, "..."]:

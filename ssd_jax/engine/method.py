@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array, Int, PyTree
 
 from ssd_jax.config import ModelConfig
 from ssd_jax.decoding.autoregressive import decode
@@ -16,8 +16,8 @@ from ssd_jax.decoding.emission import stop_rows
 from ssd_jax.decoding.prefill import prefill_chunk
 from ssd_jax.decoding.speculative import decode_speculative
 from ssd_jax.decoding.state import initial_state
-from ssd_jax.drafting.drafter import ModelDrafter, NgramDrafter
 from ssd_jax.drafting.ngram import NgramConfig, NgramState, init_ngram, learn_prompt
+from ssd_jax.drafting.pace import init_pace
 from ssd_jax.engine.batch import Batch
 from ssd_jax.engine.speculation import Speculation
 from ssd_jax.kv_cache import init_cache
@@ -59,23 +59,18 @@ def autoregressive(model: Model) -> Method:
 
 def speculative(model: Model, speculation: Speculation) -> Method:
     """A drafter proposes, the target verifies."""
-    draft = speculation.draft
-    drafter = make_drafter(speculation)
-    drafter_params = None if isinstance(draft, NgramConfig) else draft.params
+    draft, drafter = speculation.draft, speculation.drafter
+    drafter_params = None if draft is None else draft.params
+    times, rate = speculation.round_times, speculation.synthetic_acceptance
+    round_s = None if times is None else np.array(times.seconds, np.float32)
+    synthetic_acceptance = None if rate is None else np.float32(rate)
 
     def prefill(batch: Batch) -> SpeculativeState:
-        num_rows, num_slots = batch.tokens.shape
-        if isinstance(draft, NgramConfig):
-            memory = _learn_prompts(draft, batch.tokens, batch.lengths)
-        else:
-            dtype = draft.params.embedding.dtype
-            cache = _empty_cache(draft.config, num_rows, num_slots, dtype)
-            cache = _prefill(draft.config, draft.params, batch, cache)
-            memory = dataclasses.replace(cache, lengths=jnp.asarray(batch.lengths - 1))
         return SpeculativeState(
             target=_prefill_target(model, batch),
-            drafter=memory,
-            stats=_no_stats(num_rows, drafter.draft_len),
+            drafter=prefill_drafter(speculation, batch),
+            stats=_no_stats(len(batch.lengths), len(drafter.names), drafter.draft_len),
+            pace=None if times is None else _no_pace(len(drafter.names), len(batch.lengths)),
         )
 
     def advance(batch: Batch, state: SpeculativeState, rounds: int) -> SpeculativeState:
@@ -87,7 +82,10 @@ def speculative(model: Model, speculation: Speculation) -> Method:
             batch.sampling,
             state,
             np.int32(rounds),
+            round_s,
+            synthetic_acceptance,
             verification=speculation.verification,
+            widths=speculation.widths,
         )
 
     return Method(
@@ -98,15 +96,18 @@ def speculative(model: Model, speculation: Speculation) -> Method:
     )
 
 
-def make_drafter(speculation: Speculation) -> ModelDrafter | NgramDrafter:
-    """The drafter that a speculation describes."""
-    if isinstance(speculation.draft, NgramConfig):
-        return NgramDrafter(config=speculation.draft)
-    return ModelDrafter(
-        config=speculation.draft.config,
-        draft_len=speculation.draft_len,
-        verification=speculation.verification,
-    )
+def prefill_drafter(speculation: Speculation, batch: Batch) -> PyTree:
+    """What a speculation's drafter remembers once it has read the prompts."""
+    draft, tables, cache = speculation.draft, None, None
+    if speculation.ngram is not None:
+        tables = _learn_prompts(speculation.ngram, batch.tokens, batch.lengths)
+    if draft is not None:
+        cache = _empty_cache(draft.config, *batch.tokens.shape, draft.params.embedding.dtype)
+        cache = _prefill(draft.config, draft.params, batch, cache)
+        cache = dataclasses.replace(cache, lengths=jnp.asarray(batch.lengths - 1))
+    if tables is None or cache is None:
+        return tables if cache is None else cache
+    return tables, cache
 
 
 def _prefill_target(model: Model, batch: Batch) -> DecodeState:
@@ -131,6 +132,7 @@ def _prefill(config: ModelConfig, params: ModelParams, batch: Batch, cache: KVCa
 
 
 _empty_cache = jax.jit(init_cache, static_argnums=(0, 1, 2, 3))
+_no_pace = jax.jit(init_pace, static_argnums=(0, 1))
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -141,10 +143,12 @@ def _learn_prompts(
     return learn_prompt(config, state, tokens, lengths)
 
 
-def _no_stats(num_rows: int, draft_len: int) -> SpeculationStats:
+def _no_stats(num_rows: int, num_drafters: int, draft_len: int) -> SpeculationStats:
+    by_drafter = num_rows, num_drafters
     return SpeculationStats(
         target_steps=jnp.zeros(num_rows, jnp.int32),
-        drafted=jnp.zeros(num_rows, jnp.int32),
-        accepted=jnp.zeros(num_rows, jnp.int32),
-        accepted_at=jnp.zeros((num_rows, draft_len), jnp.int32),
+        drafts=jnp.zeros(by_drafter, jnp.int32),
+        drafted=jnp.zeros(by_drafter, jnp.int32),
+        accepted=jnp.zeros(by_drafter, jnp.int32),
+        accepted_at=jnp.zeros((*by_drafter, draft_len), jnp.int32),
     )

@@ -1,15 +1,40 @@
 """What speculation is asked to do, checked against the target it is for."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import get_args
 
+from ssd_jax.decoding.speculative import verify_widths
+from ssd_jax.drafting.drafter import CombinedDrafter, ModelDrafter, NgramDrafter, NoDrafter
 from ssd_jax.drafting.ngram import NgramConfig
 from ssd_jax.errors import ConfigError, RequestError
 from ssd_jax.model import Model
+from ssd_jax.sampling_params import SamplingParams
 from ssd_jax.text import Tokenizer
 from ssd_jax.verification import Verification
 
 MAX_DRAFT_LEN = 64
+DEFAULT_DRAFT_LEN = 4
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class RoundTimes:
+    """Seconds of a round, by drafter and by how many tokens it proposes, from 0 on."""
+
+    seconds: tuple[tuple[float, ...], ...]
+
+    def __post_init__(self) -> None:
+        times = [time for row in self.seconds for time in row]
+        if not all(time > 0 for time in times) or len({len(row) for row in self.seconds}) > 1:
+            raise RequestError(
+                "round_times must be positive seconds, one row of equal length for each drafter, "
+                f"got {self.seconds!r}."
+            )
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Drafters, and draft lengths from 0 on."""
+        return len(self.seconds), len(self.seconds[0]) if self.seconds else 0
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,22 +42,33 @@ class Speculation:
     """Who drafts, how much, and how drafts are verified.
 
     Attributes:
-        draft: the model that proposes tokens (its vocabulary must be the target's), or options of
-            n-gram drafting, which needs no model.
-        draft_len: tokens that a draft model proposes in a round, 1 to 64. For n-grams it is always
-            the `max_draft` of their options.
+        draft: the model that proposes tokens; its vocabulary must be the target's.
+        ngram: options of n-gram drafting, which needs no model. With a draft model as well, n-grams
+            go first and the model drafts where they have nothing. With neither, nothing is drafted:
+            that is plain decoding in passes as wide as those of `draft_len` drafted tokens.
+        draft_len: most tokens that a draft model proposes in a round, 1 to 64. For n-grams see
+            `max_draft` of their options.
         verification: "coupled" emits the very tokens of autoregressive decoding with the same seed;
-            "rejection" emits tokens of the same distribution and accepts more of them. Greedy rows
-            are the same under both.
+            "rejection" emits tokens of the same distribution and accepts more of them; "greedy"
+            is for requests of temperature 0, which are the same under all three.
+        round_times: what rounds cost (see `measure_round_times`). With them each row drafts as much
+            as pays, which may be nothing; without, always as much as it may.
+        exact: every pass of the target is equally wide, drafts or not. Plain decoding of the same
+            width (see `ngram`) then computes bit for bit the same logits, so that ties of bfloat16
+            logits fall the same way.
+        synthetic_acceptance: accept drafted tokens with this probability whatever they are, to
+            measure what rounds cost. The output is then not the target's.
     """
 
-    draft: Model | NgramConfig
-    draft_len: int = 4
+    draft: Model | None = None
+    ngram: NgramConfig | None = None
+    draft_len: int = DEFAULT_DRAFT_LEN
     verification: Verification = "coupled"
+    round_times: RoundTimes | None = None
+    exact: bool = False
+    synthetic_acceptance: float | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.draft, NgramConfig):
-            object.__setattr__(self, "draft_len", self.draft.max_draft)
         whole = isinstance(self.draft_len, int) and not isinstance(self.draft_len, bool)
         if not whole or not 1 <= self.draft_len <= MAX_DRAFT_LEN:
             raise RequestError(
@@ -42,6 +78,67 @@ class Speculation:
             raise RequestError(
                 f"verification must be one of {', '.join(get_args(Verification))}, "
                 f"got {self.verification!r}."
+            )
+        if self.draft is None and self.ngram is None and not self.exact:
+            raise RequestError(
+                "Speculation needs someone who drafts, got neither a draft model nor n-gram "
+                "options: give one, or leave speculation out."
+            )
+        if self.synthetic_acceptance is not None and not 0 <= self.synthetic_acceptance <= 1:
+            raise RequestError(
+                "synthetic_acceptance must be a probability from 0 to 1, "
+                f"got {self.synthetic_acceptance!r}."
+            )
+        if self.exact and self.round_times is not None:
+            raise RequestError(
+                "exact makes all passes equally wide, so that shorter drafts save nothing: leave "
+                "out round_times or exact."
+            )
+        if self.round_times is not None:
+            shape = len(self.drafter.names), self.longest_draft + 1
+            if self.round_times.shape != shape:
+                raise RequestError(
+                    f"round_times must be measured for this speculation, expected {shape} "
+                    f"(drafters, draft lengths from 0), got {self.round_times.shape}."
+                )
+
+    @property
+    def drafter(self) -> NoDrafter | ModelDrafter | NgramDrafter | CombinedDrafter:
+        """The drafter as the loop takes it."""
+        ngram = None if self.ngram is None else NgramDrafter(config=self.ngram)
+        if self.draft is None:
+            return ngram or NoDrafter(draft_len=self.draft_len)
+        model = ModelDrafter(
+            config=self.draft.config,
+            draft_len=self.draft_len,
+            verification=self.verification,
+            may_decline=ngram is not None or self.round_times is not None,
+        )
+        return model if ngram is None else CombinedDrafter(ngram=ngram, model=model)
+
+    @property
+    def longest_draft(self) -> int:
+        """Most tokens in a draft of any drafter."""
+        return self.drafter.draft_len
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Tokens in a pass of the target (see `verify_widths`)."""
+        may_decline = self.drafter.may_decline and not self.exact
+        return verify_widths(self.longest_draft, may_decline=may_decline)
+
+
+def check_options(speculation: Speculation, params: Sequence[SamplingParams]) -> None:
+    """Refuse requests that a speculation cannot serve.
+
+    Raises:
+        RequestError: a request that samples, where verification is greedy.
+    """
+    for options in params:
+        if speculation.verification == "greedy" and options.temperature > 0:
+            raise RequestError(
+                "Greedy verification needs temperature 0, got a request of temperature "
+                f"{options.temperature}: choose coupled or rejection."
             )
 
 

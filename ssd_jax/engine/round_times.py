@@ -1,0 +1,193 @@
+"""Measuring what rounds cost on this machine, for choosing how much to draft."""
+
+import dataclasses
+import functools
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int, PyTree
+
+from ssd_jax.config import ModelConfig
+from ssd_jax.decoding.autoregressive import decode_step
+from ssd_jax.decoding.speculative import verify_round
+from ssd_jax.decoding.state import initial_state
+from ssd_jax.drafting.drafter import ModelDrafter
+from ssd_jax.drafting.ngram_hash import point_masses
+from ssd_jax.engine.batch import Batch, make_batch, make_requests
+from ssd_jax.engine.method import prefill_drafter
+from ssd_jax.engine.speculation import RoundTimes, Speculation
+from ssd_jax.model import Model
+from ssd_jax.sampling_params import SamplingParams
+from ssd_jax.types import DecodeState, ModelParams, Sampling
+
+ROUNDS = 8  # in one dispatch, so that dispatching does not count
+REPEATS = 5  # the median of so many counts
+CONTEXT = 256  # tokens of text in front of the measured ones, if the model's context holds them
+
+
+def measure_round_times(
+    model: Model,
+    speculation: Speculation,
+    params: SamplingParams | None = None,
+    *,
+    batch_size: int = 1,
+) -> RoundTimes:
+    """Seconds of this speculation's rounds, for `Speculation.round_times`.
+
+    Every pass width is timed, and drafting one token and the most; in between is a straight line.
+    Copying n-grams counts for nothing (it takes microseconds, see `bench/ngram_cost.py`).
+    """
+    adaptive = dataclasses.replace(
+        speculation, round_times=_placeholder_times(speculation), exact=False
+    )
+    passes = measure_pass_times(model, adaptive.widths, params, batch_size=batch_size)
+    drafter, longest = adaptive.drafter, adaptive.longest_draft
+    rows = []
+    for name in drafter.names:
+        if name == "draft" and speculation.draft is not None:
+            batch = _measured_batch(model, speculation.draft_len, params, batch_size)
+            one, step_s = _measure_draft(adaptive, batch, _unread_state(model, batch))
+            own_len = speculation.draft_len
+        else:
+            one, step_s = 0.0, 0.0
+            own_len = longest if speculation.ngram is None else speculation.ngram.max_draft
+        seconds = [passes[1]]
+        for count in range(1, longest + 1):
+            width = min(width for width in adaptive.widths if width > count)
+            drafting = one + (count - 1) * step_s if count <= own_len else math.inf
+            seconds.append(passes[width] + drafting)
+        rows.append(tuple(seconds))
+    return RoundTimes(seconds=tuple(rows))
+
+
+def measure_pass_times(
+    model: Model,
+    widths: Sequence[int],
+    params: SamplingParams | None = None,
+    *,
+    batch_size: int = 1,
+) -> dict[int, float]:
+    """Seconds of one pass of the target of each width, verification and emission included."""
+    config, weights = model.config, model.params
+    batch = _measured_batch(model, max(widths), params, batch_size)
+    state = _unread_state(model, batch)
+    return {
+        width: _median_s(
+            lambda rounds, width=width: _run_passes(
+                config, weights, batch.sampling, state, rounds, width=width
+            )
+        )
+        for width in sorted(set(widths))
+    }
+
+
+def _placeholder_times(speculation: Speculation) -> RoundTimes:
+    """Times that make a speculation choose its draft lengths, before any are measured."""
+    bare = dataclasses.replace(speculation, round_times=None)
+    row = (1.0,) * (bare.longest_draft + 1)
+    return RoundTimes(seconds=(row,) * len(bare.drafter.names))
+
+
+def _measured_batch(
+    model: Model, room: int, params: SamplingParams | None, batch_size: int
+) -> Batch:
+    """Some text with room for `room` tokens more."""
+    length = max(1, min(CONTEXT, model.config.max_context - room))
+    params = dataclasses.replace(params or SamplingParams(), max_tokens=room, stop=())
+    requests = make_requests(model, [[0] * length] * batch_size, params)
+    return make_batch(model, requests, room)
+
+
+def _unread_state(model: Model, batch: Batch) -> DecodeState:
+    """The batch as if it were prefilled: what the cache holds does not change the time."""
+    return initial_state(
+        model.config,
+        batch.tokens,
+        batch.lengths,
+        batch.finish,
+        dtype=model.params.embedding.dtype,
+        num_top_logprobs=batch.num_top_logprobs,
+    )
+
+
+def _measure_draft(
+    speculation: Speculation, batch: Batch, state: DecodeState
+) -> tuple[float, float]:
+    """Seconds of drafting one token, and of each more."""
+    model, length = speculation.draft, speculation.draft_len
+    if model is None:
+        raise TypeError("Only a speculation with a draft model can be measured here.")
+    alone = dataclasses.replace(speculation, ngram=None, round_times=None)
+    cache = prefill_drafter(alone, batch)
+
+    def seconds(count: int) -> float:
+        limits = jnp.full((1, len(batch.lengths)), count, jnp.int32)
+        return _median_s(
+            lambda rounds: _run_drafts(
+                alone.drafter, model.params, batch.sampling, state, cache, limits, rounds
+            )
+        )
+
+    one = seconds(1)
+    if length == 1:
+        return one, 0.0
+    return one, max(0.0, seconds(length) - one) / (length - 1)
+
+
+def _median_s(run: Callable[[np.int32], PyTree]) -> float:
+    """Median seconds a round, after one run that compiles."""
+    jax.block_until_ready(run(np.int32(1)))
+    times = []
+    for _ in range(REPEATS):
+        started = time.perf_counter()
+        jax.block_until_ready(run(np.int32(ROUNDS)))
+        times.append((time.perf_counter() - started) / ROUNDS)
+    return statistics.median(times)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "width"))
+def _run_passes(
+    config: ModelConfig,
+    params: ModelParams,
+    sampling: Sampling,
+    state: DecodeState,
+    rounds: Int[Array, ""],
+    *,
+    width: int,
+) -> DecodeState:
+    """The same pass again and again, its outcome taken back each time."""
+
+    def step(_: Array, current: DecodeState) -> DecodeState:
+        if width == 1:
+            after = decode_step(config, params, sampling, current)
+        else:
+            count = jnp.full_like(current.lengths, width - 1)
+            tokens = jnp.broadcast_to(current.tokens[:, :1], (len(count), width - 1))
+            draft = point_masses(tokens, count)
+            after, _ = verify_round(config, params, sampling, current, draft, None, "coupled")
+        return dataclasses.replace(after, lengths=state.lengths, finish=state.finish)
+
+    return jax.lax.fori_loop(0, rounds, step, state)
+
+
+@functools.partial(jax.jit, static_argnames="drafter")
+def _run_drafts(
+    drafter: ModelDrafter,
+    params: ModelParams,
+    sampling: Sampling,
+    target: DecodeState,
+    cache: PyTree,
+    limits: Int[Array, "P B"],
+    rounds: Int[Array, ""],
+) -> PyTree:
+    """The same draft again and again."""
+
+    def step(_: Array, cache: PyTree) -> PyTree:
+        return drafter.draft(params, sampling, target, cache, limits)[1]
+
+    return jax.lax.fori_loop(0, rounds, step, cache)
