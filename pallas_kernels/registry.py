@@ -19,6 +19,7 @@ class Implementation:
 
 IMPLEMENTATIONS: dict[str, tuple[Implementation, ...]] = {
     "cached_attention": (Implementation(name="xla", unsupported=lambda device: None),),
+    "tree_attention": (Implementation(name="xla", unsupported=lambda device: None),),
 }
 
 

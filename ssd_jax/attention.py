@@ -16,3 +16,21 @@ def attend(
     Token t of row b sits in slot start[b] + t and sees the slots up to its own.
     """
     return pallas_kernels.cached_attention(query, keys, values, start)
+
+
+def attend_branches(
+    query: Float[Array, "B R N H"],
+    trunk_keys: Float[Array, "B K S H"],
+    trunk_values: Float[Array, "B K S H"],
+    trunk_lengths: Int[Array, "B R"],
+    branch_keys: Float[Array, "B K J R H"],
+    branch_values: Float[Array, "B K J R H"],
+    step: Int[Array, ""],
+) -> Float[Array, "B R N H"]:
+    """Attention of one token in each of R branches over a shared trunk and the branch's own past.
+
+    Branch r sees the first trunk_lengths[b, r] slots and its own keys of steps 0 .. step.
+    """
+    return pallas_kernels.tree_attention(
+        query, trunk_keys, trunk_values, trunk_lengths, branch_keys, branch_values, step
+    )

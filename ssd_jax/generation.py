@@ -14,10 +14,11 @@ from ssd_jax.decoding.finish import Finish
 from ssd_jax.engine.batch import Request, make_batch, make_requests
 from ssd_jax.engine.method import autoregressive, speculative
 from ssd_jax.engine.speculation import Speculation, check_options, check_pair
+from ssd_jax.engine.ssd import SSD, speculative_speculative
 from ssd_jax.model import Model
 from ssd_jax.sampling_params import SamplingParams
 from ssd_jax.text import TextStream
-from ssd_jax.types import Logprobs, SpeculationStats
+from ssd_jax.types import Logprobs, LookupStats, SpeculationStats
 
 STEPS_BETWEEN_LOOKS = 8  # tokens that a row decodes before the host reads them when it has to
 GREEDY = SamplingParams()
@@ -66,16 +67,41 @@ class DraftCounts:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class LookupCounts:
+    """What the speculation cache of SSD did for one request; pairs are (after a miss, after a hit).
+
+    Attributes:
+        lookups: outcomes looked up.
+        hits: outcomes that had been prepared.
+        found_at: how often in each branch (see `fan_out.branch_layout`).
+        accepted: how often 0, 1, ... draft_len tokens of a draft were accepted.
+    """
+
+    lookups: tuple[int, int]
+    hits: tuple[int, int]
+    found_at: tuple[tuple[int, ...], tuple[int, ...]]
+    accepted: tuple[tuple[int, ...], tuple[int, ...]]
+
+    @property
+    def hit_rate(self) -> float:
+        """Hits over lookups."""
+        return sum(self.hits) / max(1, sum(self.lookups))
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class SpeculationCounts:
     """What speculation did for one request.
 
     Attributes:
         target_steps: passes of the target after prefill.
-        drafters: the counts of each drafter, by name ("draft", "ngram").
+        drafters: the counts of each drafter, by name ("draft", "ngram"; of SSD "prepared" and
+            "fallback").
+        lookups: of SSD, what its speculation cache did.
     """
 
     target_steps: int
     drafters: dict[str, DraftCounts]
+    lookups: LookupCounts | None
 
     @property
     def total(self) -> DraftCounts:
@@ -129,7 +155,7 @@ def generate(
     prompts: Sequence[str | Sequence[int]],
     params: SamplingParams | Sequence[SamplingParams] = GREEDY,
     *,
-    speculation: Speculation | None = None,
+    speculation: Speculation | SSD | None = None,
 ) -> list[Completion]:
     """One completion for each prompt, in order; the prompts are decoded together as one batch.
 
@@ -153,7 +179,7 @@ def stream(
     prompts: Sequence[str | Sequence[int]],
     params: SamplingParams | Sequence[SamplingParams] = GREEDY,
     *,
-    speculation: Speculation | None = None,
+    speculation: Speculation | SSD | None = None,
 ) -> Iterator[Delta]:
     """The outputs of `generate` piece by piece; a row's last piece carries its completion.
 
@@ -166,28 +192,31 @@ def stream(
 def _run(
     model: Model,
     requests: Sequence[Request],
-    speculation: Speculation | None,
+    speculation: Speculation | SSD | None,
     steps_between_looks: int | None,
 ) -> Iterator[Delta]:
     """Decode the requests, looking at the tokens after the first step and then every so many."""
     if speculation is None:
-        method, batch = autoregressive(model), make_batch(model, requests)
+        method, batch, drafters = autoregressive(model), make_batch(model, requests), ()
     else:
         if speculation.draft is not None:
             check_pair(model, speculation.draft)
-        check_options(speculation, [request.params for request in requests])
-        method = speculative(model, speculation)
+        check_options(speculation.verification, [request.params for request in requests])
+        if isinstance(speculation, SSD):
+            method = speculative_speculative(model, speculation)
+        else:
+            method = speculative(model, speculation)
+        drafters = speculation.names
         batch = make_batch(model, requests, speculation.longest_draft, speculation.draft)
-    drafters = () if speculation is None else speculation.drafter.names
     rows = [_Row(model, index, request, drafters) for index, request in enumerate(requests)]
     state = method.prefill(batch)
     num_steps = 1 if steps_between_looks else batch.max_steps
     while any(row.completion is None for row in rows):
         state = method.advance(batch, state, num_steps)
         num_steps = steps_between_looks or batch.max_steps
-        target, stats = method.view(state)
+        target, stats, lookups = method.view(state)
         view = jax.device_get(
-            (target.tokens, target.lengths, target.finish, target.logprobs, stats)
+            (target.tokens, target.lengths, target.finish, target.logprobs, stats, lookups)
         )
         stopped = np.zeros(batch.lengths.shape, bool)
         for row in rows:
@@ -219,6 +248,7 @@ class _Row:
         finish: np.ndarray,
         logprobs: Logprobs | None,
         stats: SpeculationStats | None,
+        lookups: LookupStats | None,
     ) -> Delta | None:
         """What is new since the last look, or None if nothing is."""
         prompt_len = len(self._request.prompt_ids)
@@ -247,7 +277,7 @@ class _Row:
                 prompt_tokens=prompt_len,
                 seed=self._request.seed,
                 logprobs=self._logprobs(tokens, logprobs, length),
-                speculation=self._counts(stats),
+                speculation=self._counts(stats, lookups),
             )
         return Delta(row=self.index, text=text, token_ids=tuple(new), completion=self.completion)
 
@@ -268,7 +298,9 @@ class _Row:
             )
         )
 
-    def _counts(self, stats: SpeculationStats | None) -> SpeculationCounts | None:
+    def _counts(
+        self, stats: SpeculationStats | None, lookups: LookupStats | None
+    ) -> SpeculationCounts | None:
         if stats is None:
             return None
         row = self.index
@@ -283,4 +315,18 @@ class _Row:
                 )
                 for index, name in enumerate(self._drafters)
             },
+            lookups=None if lookups is None else _lookup_counts(lookups, row),
         )
+
+
+def _lookup_counts(stats: LookupStats, row: int) -> LookupCounts:
+    after_miss, after_hit = (
+        tuple(np.asarray(values[row, kind]).tolist() for values in (stats.found_at, stats.accepted))
+        for kind in (0, 1)
+    )
+    return LookupCounts(
+        lookups=(int(stats.lookups[row, 0]), int(stats.lookups[row, 1])),
+        hits=(int(stats.hits[row, 0]), int(stats.hits[row, 1])),
+        found_at=(tuple(after_miss[0]), tuple(after_hit[0])),
+        accepted=(tuple(after_miss[1]), tuple(after_hit[1])),
+    )

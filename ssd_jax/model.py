@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from ssd_jax.checkpointing import load_checkpoint, read_config
@@ -64,7 +65,21 @@ def load_model(folder: str | Path | None = None, dtype: DTypeName | None = None)
         "free some, use dtype bfloat16, or choose a smaller model.",
     )
     loaded = load_checkpoint(path, dtype)
-    return Model(config=loaded.config, params=loaded.params, tokenizer=load_tokenizer(path))
+    params = loaded.params
+    if device.platform == "cpu":
+        params = transpose_output(params)
+    return Model(config=loaded.config, params=params, tokenizer=load_tokenizer(path))
+
+
+def transpose_output(params: ModelParams) -> ModelParams:
+    """The weights with an output matrix [D V] of their own, where they use the embedding [V D].
+
+    XLA's CPU backend transposes [V D] anew at every product with more than one row, which takes
+    two to three times as long as the product. Costs V * D weights of memory.
+    """
+    if params.lm_head is not None:
+        return params
+    return dataclasses.replace(params, lm_head=jnp.array(params.embedding.T))
 
 
 def demo_folder(role: Literal["target", "draft"]) -> Path:

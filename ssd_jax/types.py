@@ -9,7 +9,7 @@ Axis letters, as in `jax.nn.dot_product_attention`, the same in every file:
 | S      | key/value slots               | V      | vocabulary                         |
 | N      | query heads                   | L      | layers                             |
 | K      | key/value heads               | J      | draft_len (drafted tokens)         |
-| G      | N / K, queries per kv head    | R      | fan_out (branches)                 |
+| G      | N / K, queries per kv head    | R      | branches (the fan-out's sum)       |
 | H      | head dimension                | E      | end-of-sequence ids, padded by -1  |
 | P      | drafters (proposers)          |        |                                    |
 
@@ -65,6 +65,14 @@ class KVCache:
 
 
 @struct.dataclass
+class BranchCache:
+    """Keys and values that each branch of a tree added to its trunk's, one step after the other."""
+
+    keys: tuple[Float[Array, "B K J R H"], ...]
+    values: tuple[Float[Array, "B K J R H"], ...]
+
+
+@struct.dataclass
 class Sampling:
     """Sampling options of a batch, one entry a row; arrays, so that no option recompiles anything.
 
@@ -110,6 +118,20 @@ class Draft:
     count: Int[Array, "B"]
     law: Float[Array, "B J V"] | None
     drafter: Int[Array, "B"]
+
+
+@struct.dataclass
+class PreparedDrafts:
+    """The speculation cache: for R outcomes of the running verification, what to draft after each.
+
+    Branch r of row b is for the outcome (num_accepted[b, r], bonus_token[b, r]). A branch that is
+    for no outcome has num_accepted -2.
+    """
+
+    num_accepted: Int[Array, "B R"]
+    bonus_token: Int[Array, "B R"]
+    tokens: Int[Array, "B R J"]
+    law: Float[Array, "B R J V"] | None
 
 
 @struct.dataclass
@@ -164,6 +186,37 @@ class DecodeState:
     finish: Int[Array, "B"]
     output_counts: Int[Array, "B V"]
     logprobs: Logprobs | None
+
+
+@struct.dataclass
+class LookupStats:
+    """What the speculation cache did for each row; index 1 of the second axis: after a hit.
+
+    `lookups` counts outcomes that were looked up, `hits` those that were found, `found_at` how
+    often in which branch, `accepted` how many drafts had 0, 1, ... tokens accepted.
+    """
+
+    lookups: Int[Array, "B 2"]
+    hits: Int[Array, "B 2"]
+    found_at: Int[Array, "B 2 R"]
+    accepted: Int[Array, "B 2 J+1"]
+
+
+@struct.dataclass
+class SpeculatorState:
+    """What the draft device knows in speculative speculative decoding.
+
+    `text` mirrors the target's text (its cache is the draft model's), `draft` is what the running
+    verification judges, `was_hit` whether it came out of the speculation cache, `prepared` what to
+    draft after it. `tables` are those of an n-gram fallback, if there is one.
+    """
+
+    text: DecodeState
+    prepared: PreparedDrafts
+    draft: Draft
+    was_hit: Bool[Array, "B"]
+    tables: PyTree
+    stats: LookupStats
 
 
 @struct.dataclass

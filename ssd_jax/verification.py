@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from ssd_jax.sampling import Purpose, position_key, sample_tokens
+from ssd_jax.sampling import Purpose, first_argmax, position_key, sample_tokens
 from ssd_jax.types import Draft, Sampling, Verdict
 
 Verification = Literal["coupled", "rejection", "greedy"]
@@ -47,7 +47,7 @@ def verify_greedy(draft: Draft, laws: Float[Array, "B J+1 V"]) -> Verdict:
 
     Exactness: for greedy rows only; the caller refuses others.
     """
-    return _match(draft, jnp.argmax(laws, axis=-1).astype(jnp.int32))
+    return _match(draft, first_argmax(laws))
 
 
 def verify_coupled(
@@ -81,7 +81,8 @@ def verify_rejection(
     Without a law the drafted tokens are point masses: s is accepted with probability p(s), and a
     rejection draws from p without s.
     Exactness: the emitted tokens follow the target's law for any draft. The test u q(s) < p(s) is
-    strict, so a token of probability zero is never accepted.
+    strict, so a token of probability zero is never accepted. Where nothing was drafted the bonus
+    token is that of a plain step, so that it does not matter which of the two a round takes.
     """
     offsets = jnp.arange(draft.tokens.shape[1], dtype=positions.dtype)
     chosen = draft.tokens[..., None]
@@ -105,7 +106,7 @@ def verify_rejection(
     # Where rounding leaves no residual at all, p and q are equal and p itself is right.
     use_residual = was_rejected & jnp.any(residual > -jnp.inf, axis=-1)
     law = jnp.where(use_residual[:, None], residual, law)
-    bonus_token = sample_tokens(law, sampling, positions + num_accepted, Purpose.BONUS)
+    bonus_token = sample_tokens(law, sampling, positions + num_accepted)
     return Verdict(num_accepted=num_accepted, bonus_token=bonus_token)
 
 

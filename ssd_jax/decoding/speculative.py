@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from ssd_jax.config import ModelConfig
+from ssd_jax.control_flow import run_if
 from ssd_jax.decoding.autoregressive import decode_step
 from ssd_jax.decoding.emission import emit, record_logprobs
 from ssd_jax.decoding.finish import Finish
@@ -31,8 +32,6 @@ from ssd_jax.types import (
 )
 from ssd_jax.verification import Verification, verify
 
-Outcome = tuple[DecodeState, Int[Array, "B"]]
-
 
 @functools.partial(
     jax.jit,
@@ -47,7 +46,7 @@ def decode_speculative(
     sampling: Sampling,
     state: SpeculativeState,
     num_rounds: Int[Array, ""],
-    round_s: Float[Array, "P J+1"] | None = None,
+    round_s: Float[Array, "P _"] | None = None,
     synthetic_acceptance: Float[Array, ""] | None = None,
     *,
     verification: Verification,
@@ -88,24 +87,31 @@ def decode_speculative(
             limits = jnp.minimum(limits, draft_limits(pace, round_s))
         draft, memory = drafter.draft(drafter_params, sampling, before, state.drafter, limits)
 
-        def run(width: int) -> Outcome:
+        def run(
+            width: int, state: tuple[DecodeState, Int[Array, "B"]]
+        ) -> tuple[DecodeState, Int[Array, "B"]]:
             if width == 1:
-                after = decode_step(config, params, sampling, before)
-                return after, jnp.zeros_like(draft.count)
-            return verify_round(
+                return decode_step(config, params, sampling, state[0]), state[1]
+            after, verdict = verify_round(
                 config,
                 params,
                 sampling,
-                before,
+                state[0],
                 cut_draft(draft, width - 1),
                 synthetic_acceptance,
                 verification,
             )
+            return after, verdict.num_accepted
 
-        branches = [functools.partial(run, width) for width in widths]
-        needed = jnp.max(jnp.where(running, draft.count, 0)) + 1
-        smallest = jnp.sum(jnp.array(widths[:-1], jnp.int32) < needed)
-        after, num_accepted = jax.lax.switch(smallest, branches)
+        outcome = before, jnp.zeros_like(draft.count)
+        if len(widths) == 1:
+            after, num_accepted = run(widths[0], outcome)
+        else:
+            needed = jnp.max(jnp.where(running, draft.count, 0)) + 1
+            smallest = jnp.sum(jnp.array(widths[:-1], jnp.int32) < needed)
+            for index, width in enumerate(widths):
+                outcome = run_if(smallest == index, functools.partial(run, width), outcome)
+            after, num_accepted = outcome
         return count + 1, SpeculativeState(
             target=after,
             drafter=drafter.learn(before, after, draft, memory),
@@ -124,7 +130,7 @@ def verify_widths(draft_len: int, *, may_decline: bool) -> tuple[int, ...]:
     """
     if not may_decline:
         return (draft_len + 1,)
-    return (*(width for width in (1, 5, 17) if width <= draft_len), draft_len + 1)
+    return (*(width for width in (1, 5, 9, 17) if width <= draft_len), draft_len + 1)
 
 
 def draft_room(sampling: Sampling, target: DecodeState, drafter: Drafter) -> Int[Array, "P B"]:
@@ -151,11 +157,8 @@ def verify_round(
     draft: Draft,
     synthetic_acceptance: Float[Array, ""] | None,
     verification: Verification,
-) -> Outcome:
-    """The text after the target verified a draft, and how many drafted tokens stood.
-
-    The accepted part and the bonus token are emitted.
-    """
+) -> tuple[DecodeState, Verdict]:
+    """The text after the target verified a draft, its accepted part and the bonus token emitted."""
     last = before.lengths - 1
     last_token = jnp.take_along_axis(before.tokens, last[:, None], axis=1)
     inputs = jnp.concatenate([last_token, draft.tokens], axis=1)
@@ -171,10 +174,10 @@ def verify_round(
         logprobs = record_logprobs(logprobs, shown, candidates, before.lengths)
     target = dataclasses.replace(before, cache=cache, logprobs=logprobs)
     target = emit(target, sampling, candidates, verdict.num_accepted + 1)
-    return target, verdict.num_accepted
+    return target, verdict
 
 
-def verified_tokens(draft: Draft, verdict: Verdict) -> Int[Array, "B J+1"]:
+def verified_tokens(draft: Draft, verdict: Verdict) -> Int[Array, "B T"]:
     """The accepted tokens of each row, then its bonus token (which also fills what is left)."""
     offsets = jnp.arange(draft.tokens.shape[1] + 1, dtype=jnp.int32)
     padded = jnp.pad(draft.tokens, ((0, 0), (0, 1)))
@@ -199,7 +202,7 @@ def add_round(
     stood = (offsets < accepted[:, None]).astype(jnp.int32)
     return SpeculationStats(
         target_steps=stats.target_steps + ran,
-        drafts=stats.drafts + mine * (draft.count > 0)[:, None],
+        drafts=stats.drafts + mine * (draft.count > 0).astype(jnp.int32)[:, None],
         drafted=stats.drafted + mine * draft.count[:, None],
         accepted=stats.accepted + mine * accepted[:, None],
         accepted_at=stats.accepted_at + mine[..., None] * stood[:, None],

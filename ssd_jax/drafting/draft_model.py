@@ -1,6 +1,7 @@
 """Drafting with a second, smaller model on its own cache."""
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,7 @@ def draft_tokens(
     *,
     draft_len: int,
     verification: Verification,
+    reshape_law: Callable[[Array, Array], Array] | None = None,
 ) -> tuple[Draft, KVCache]:
     """`limit` tokens for each row (at most `draft_len`), and the draft's cache after them.
 
@@ -35,7 +37,8 @@ def draft_tokens(
     the cache's lengths say afterwards.
 
     Under coupled and greedy verification the draft uses the target's own noise and needs no law;
-    under rejection it draws independently and returns the law it drew from.
+    under rejection it draws independently and returns the law it drew from, which may be reshaped
+    by a function of the law [B V] and the draft position.
     """
     purpose = Purpose.DRAFT if verification == "rejection" else Purpose.TOKEN
     lengths, num_steps = target.lengths, jnp.max(limit)
@@ -47,6 +50,7 @@ def draft_tokens(
     ) -> tuple[Int[Array, "B V"], Draft]:
         logits = match_vocabulary(compute_logits(params, hidden[:, None])[:, 0], vocab_size)
         law = warp(logits, sampling, counts)
+        law = law if reshape_law is None else reshape_law(law, step)
         token = sample_tokens(law, sampling, lengths + step, purpose)
         laws = None if draft.law is None else draft.law.at[:, step].set(law)
         draft = dataclasses.replace(draft, tokens=draft.tokens.at[:, step].set(token), law=laws)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
 from ssd_jax.config import ModelConfig
+from ssd_jax.control_flow import run_if
 from ssd_jax.drafting.draft_model import catch_up, draft_tokens
 from ssd_jax.drafting.ngram import NgramConfig, NgramState, draft_ngram, update_ngram
 from ssd_jax.drafting.ngram_hash import point_masses
@@ -116,12 +117,9 @@ class ModelDrafter:
 
         if not self.may_decline:
             return propose(state)
-
-        def decline(cache: KVCache) -> tuple[Draft, KVCache]:
-            shapes = jax.eval_shape(propose, cache)[0]
-            return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes), cache
-
-        return jax.lax.cond(jnp.any(limit > 0), propose, decline, state)
+        shapes = jax.eval_shape(propose, state)[0]
+        nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        return run_if(jnp.any(limit > 0), lambda both: propose(both[1]), (nothing, state))
 
     def learn(
         self, before: DecodeState, after: DecodeState, draft: Draft, state: KVCache

@@ -11,17 +11,17 @@ from jaxtyping import Array, Bool, Float, Int
 from ssd_jax.types import Draft, Pace
 
 PRIOR_ACCEPTANCE = 0.7
-PRIOR_WEIGHT = 4.0  # tokens that the prior counts for
+PRIOR_WEIGHT = 4.0  # tokens that the prior counts for, until it is forgotten like any other
 MEMORY = 0.9  # what a round's counts are worth one round of drafting later
 ROUNDS_UNTIL_PROBE = 32  # a drafter that was switched off gets one token to try again
 
 
 def init_pace(num_drafters: int, batch_size: int) -> Pace:
-    """Nothing drafted so far."""
+    """Nothing drafted so far: what is expected of a drafter counts as its past."""
     shape = (num_drafters, batch_size)
     return Pace(
-        tried=jnp.zeros(shape, jnp.float32),
-        accepted=jnp.zeros(shape, jnp.float32),
+        tried=jnp.full(shape, PRIOR_WEIGHT, jnp.float32),
+        accepted=jnp.full(shape, PRIOR_WEIGHT * PRIOR_ACCEPTANCE, jnp.float32),
         idle=jnp.zeros(shape, jnp.int32),
     )
 
@@ -37,7 +37,7 @@ def update_pace(
     return Pace(
         tried=jnp.where(drafted, MEMORY * pace.tried + judged, pace.tried),
         accepted=jnp.where(drafted, MEMORY * pace.accepted + accepted, pace.accepted),
-        idle=jnp.where(drafted, 0, pace.idle + running),
+        idle=jnp.where(drafted, 0, pace.idle + running.astype(jnp.int32)),
     )
 
 
@@ -47,8 +47,7 @@ def draft_limits(pace: Pace, round_s: Float[Array, "P J+1"]) -> Int[Array, "P B"
     `round_s[p, k]` is how long a round takes in which drafter p proposes k tokens, 0 being a plain
     step. A drafter that a later one outdoes steps back in that row.
     """
-    acceptance = pace.accepted + PRIOR_ACCEPTANCE * PRIOR_WEIGHT
-    acceptance = acceptance / (pace.tried + PRIOR_WEIGHT)
+    acceptance = pace.accepted / pace.tried
     lengths = jnp.arange(round_s.shape[1], dtype=jnp.float32)
     tokens = jnp.cumsum(acceptance[..., None] ** lengths, axis=-1)
     rates = tokens / round_s[:, None]

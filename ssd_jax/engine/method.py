@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, PyTree
 
-from ssd_jax.config import ModelConfig
 from ssd_jax.decoding.autoregressive import decode
 from ssd_jax.decoding.emission import stop_rows
 from ssd_jax.decoding.prefill import prefill_chunk
@@ -22,10 +21,11 @@ from ssd_jax.engine.batch import Batch
 from ssd_jax.engine.speculation import Speculation
 from ssd_jax.kv_cache import init_cache
 from ssd_jax.model import Model
+from ssd_jax.placement import home, place_state
 from ssd_jax.types import (
     DecodeState,
     KVCache,
-    ModelParams,
+    LookupStats,
     SpeculationStats,
     SpeculativeState,
 )
@@ -35,12 +35,12 @@ from ssd_jax.types import (
 class Method:
     """`advance` runs up to so many steps (rounds) and gives its state back; `stop` ends rows.
 
-    `view` picks what the host reads: the target's state, and statistics if there are any.
+    `view` picks what the host reads: the target's state, and whatever statistics there are.
     """
 
     prefill: Callable[[Batch], Any]
     advance: Callable[[Batch, Any, int], Any]
-    view: Callable[[Any], tuple[DecodeState, SpeculationStats | None]]
+    view: Callable[[Any], tuple[DecodeState, SpeculationStats | None, LookupStats | None]]
     stop: Callable[[Any, np.ndarray], Any]
 
 
@@ -48,11 +48,11 @@ def autoregressive(model: Model) -> Method:
     """One token a step."""
     config, params = model.config, model.params
     return Method(
-        prefill=lambda batch: _prefill_target(model, batch),
+        prefill=lambda batch: prefill_target(model, batch),
         advance=lambda batch, state, steps: decode(
             config, params, batch.sampling, state, np.int32(steps)
         ),
-        view=lambda state: (state, None),
+        view=lambda state: (state, None, None),
         stop=stop_rows,
     )
 
@@ -67,9 +67,9 @@ def speculative(model: Model, speculation: Speculation) -> Method:
 
     def prefill(batch: Batch) -> SpeculativeState:
         return SpeculativeState(
-            target=_prefill_target(model, batch),
+            target=prefill_target(model, batch),
             drafter=prefill_drafter(speculation, batch),
-            stats=_no_stats(len(batch.lengths), len(drafter.names), drafter.draft_len),
+            stats=no_stats(len(batch.lengths), len(drafter.names), drafter.draft_len),
             pace=None if times is None else _no_pace(len(drafter.names), len(batch.lengths)),
         )
 
@@ -91,26 +91,21 @@ def speculative(model: Model, speculation: Speculation) -> Method:
     return Method(
         prefill=prefill,
         advance=advance,
-        view=lambda state: (state.target, state.stats),
+        view=lambda state: (state.target, state.stats, None),
         stop=lambda state, rows: dataclasses.replace(state, target=stop_rows(state.target, rows)),
     )
 
 
 def prefill_drafter(speculation: Speculation, batch: Batch) -> PyTree:
     """What a speculation's drafter remembers once it has read the prompts."""
-    draft, tables, cache = speculation.draft, None, None
-    if speculation.ngram is not None:
-        tables = _learn_prompts(speculation.ngram, batch.tokens, batch.lengths)
-    if draft is not None:
-        cache = _empty_cache(draft.config, *batch.tokens.shape, draft.params.embedding.dtype)
-        cache = _prefill(draft.config, draft.params, batch, cache)
-        cache = dataclasses.replace(cache, lengths=jnp.asarray(batch.lengths - 1))
-    if tables is None or cache is None:
-        return tables if cache is None else cache
-    return tables, cache
+    tables = None if speculation.ngram is None else learn_prompts(speculation.ngram, batch)
+    if speculation.draft is None:
+        return tables
+    cache = read_prompts(speculation.draft, batch)
+    return cache if tables is None else (tables, cache)
 
 
-def _prefill_target(model: Model, batch: Batch) -> DecodeState:
+def prefill_target(model: Model, batch: Batch) -> DecodeState:
     """The state after all prompts but their last tokens went through the target."""
     state = initial_state(
         model.config,
@@ -120,30 +115,24 @@ def _prefill_target(model: Model, batch: Batch) -> DecodeState:
         dtype=model.params.embedding.dtype,
         num_top_logprobs=batch.num_top_logprobs,
     )
-    cache = _prefill(model.config, model.params, batch, state.cache)
-    return dataclasses.replace(state, cache=cache)
+    state = place_state(state, model)
+    return dataclasses.replace(state, cache=_prefill(model, batch, state.cache))
 
 
-def _prefill(config: ModelConfig, params: ModelParams, batch: Batch, cache: KVCache) -> KVCache:
-    for start, size in batch.chunks:
-        tokens = jnp.asarray(batch.tokens[:, start : start + size])
-        cache = prefill_chunk(config, params, tokens, cache, np.int32(start))
-    return cache
+def read_prompts(draft: Model, batch: Batch) -> KVCache:
+    """A draft model's cache with all of the prompts but their last tokens in it."""
+    cache = _empty_cache(draft.config, *batch.tokens.shape, draft.params.embedding.dtype)
+    cache = _prefill(draft, batch, jax.device_put(cache, home(draft)))
+    return dataclasses.replace(cache, lengths=jax.device_put(batch.lengths - 1, home(draft)))
 
 
-_empty_cache = jax.jit(init_cache, static_argnums=(0, 1, 2, 3))
-_no_pace = jax.jit(init_pace, static_argnums=(0, 1))
+def learn_prompts(config: NgramConfig, batch: Batch) -> NgramState:
+    """n-gram tables that know the prompts."""
+    return _learn(config, batch.tokens, batch.lengths)
 
 
-@functools.partial(jax.jit, static_argnames="config")
-def _learn_prompts(
-    config: NgramConfig, tokens: Int[Array, "B S"], lengths: Int[Array, "B"]
-) -> NgramState:
-    state = init_ngram(config, *tokens.shape)
-    return learn_prompt(config, state, tokens, lengths)
-
-
-def _no_stats(num_rows: int, num_drafters: int, draft_len: int) -> SpeculationStats:
+def no_stats(num_rows: int, num_drafters: int, draft_len: int) -> SpeculationStats:
+    """The statistics of a batch for which nothing was done yet."""
     by_drafter = num_rows, num_drafters
     return SpeculationStats(
         target_steps=jnp.zeros(num_rows, jnp.int32),
@@ -152,3 +141,20 @@ def _no_stats(num_rows: int, num_drafters: int, draft_len: int) -> SpeculationSt
         accepted=jnp.zeros(by_drafter, jnp.int32),
         accepted_at=jnp.zeros((*by_drafter, draft_len), jnp.int32),
     )
+
+
+def _prefill(model: Model, batch: Batch, cache: KVCache) -> KVCache:
+    for start, size in batch.chunks:
+        tokens = jax.device_put(batch.tokens[:, start : start + size], home(model))
+        cache = prefill_chunk(model.config, model.params, tokens, cache, np.int32(start))
+    return cache
+
+
+_empty_cache = jax.jit(init_cache, static_argnums=(0, 1, 2, 3))
+_no_pace = jax.jit(init_pace, static_argnums=(0, 1))
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _learn(config: NgramConfig, tokens: Int[Array, "B S"], lengths: Int[Array, "B"]) -> NgramState:
+    state = init_ngram(config, *tokens.shape)
+    return learn_prompt(config, state, tokens, lengths)

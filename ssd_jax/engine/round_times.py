@@ -169,7 +169,7 @@ def _run_passes(
             count = jnp.full_like(current.lengths, width - 1)
             tokens = jnp.broadcast_to(current.tokens[:, :1], (len(count), width - 1))
             draft = point_masses(tokens, count)
-            after, _ = verify_round(config, params, sampling, current, draft, None, "coupled")
+            after = verify_round(config, params, sampling, current, draft, None, "coupled")[0]
         return dataclasses.replace(after, lengths=state.lengths, finish=state.finish)
 
     return jax.lax.fori_loop(0, rounds, step, state)

@@ -69,25 +69,12 @@ class Speculation:
     synthetic_acceptance: float | None = None
 
     def __post_init__(self) -> None:
-        whole = isinstance(self.draft_len, int) and not isinstance(self.draft_len, bool)
-        if not whole or not 1 <= self.draft_len <= MAX_DRAFT_LEN:
-            raise RequestError(
-                f"draft_len must be from 1 to {MAX_DRAFT_LEN} tokens, got {self.draft_len!r}."
-            )
-        if self.verification not in get_args(Verification):
-            raise RequestError(
-                f"verification must be one of {', '.join(get_args(Verification))}, "
-                f"got {self.verification!r}."
-            )
+        check_draft_len(self.draft_len)
+        check_verification(self.verification, self.synthetic_acceptance)
         if self.draft is None and self.ngram is None and not self.exact:
             raise RequestError(
                 "Speculation needs someone who drafts, got neither a draft model nor n-gram "
                 "options: give one, or leave speculation out."
-            )
-        if self.synthetic_acceptance is not None and not 0 <= self.synthetic_acceptance <= 1:
-            raise RequestError(
-                "synthetic_acceptance must be a probability from 0 to 1, "
-                f"got {self.synthetic_acceptance!r}."
             )
         if self.exact and self.round_times is not None:
             raise RequestError(
@@ -117,6 +104,11 @@ class Speculation:
         return model if ngram is None else CombinedDrafter(ngram=ngram, model=model)
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """Whose drafts are told apart."""
+        return self.drafter.names
+
+    @property
     def longest_draft(self) -> int:
         """Most tokens in a draft of any drafter."""
         return self.drafter.draft_len
@@ -128,14 +120,39 @@ class Speculation:
         return verify_widths(self.longest_draft, may_decline=may_decline)
 
 
-def check_options(speculation: Speculation, params: Sequence[SamplingParams]) -> None:
-    """Refuse requests that a speculation cannot serve.
+def check_draft_len(draft_len: object) -> None:
+    """Refuse a draft length that is no whole number from 1 to `MAX_DRAFT_LEN`."""
+    if (
+        not isinstance(draft_len, int)
+        or isinstance(draft_len, bool)
+        or not 1 <= draft_len <= MAX_DRAFT_LEN
+    ):
+        raise RequestError(
+            f"draft_len must be from 1 to {MAX_DRAFT_LEN} tokens, got {draft_len!r}."
+        )
+
+
+def check_verification(verification: str, synthetic_acceptance: float | None) -> None:
+    """Refuse an unknown rule, and an acceptance that is no probability."""
+    if verification not in get_args(Verification):
+        raise RequestError(
+            f"verification must be one of {', '.join(get_args(Verification))}, "
+            f"got {verification!r}."
+        )
+    if synthetic_acceptance is not None and not 0 <= synthetic_acceptance <= 1:
+        raise RequestError(
+            f"synthetic_acceptance must be a probability from 0 to 1, got {synthetic_acceptance!r}."
+        )
+
+
+def check_options(verification: Verification, params: Sequence[SamplingParams]) -> None:
+    """Refuse requests that a verification cannot serve.
 
     Raises:
         RequestError: a request that samples, where verification is greedy.
     """
     for options in params:
-        if speculation.verification == "greedy" and options.temperature > 0:
+        if verification == "greedy" and options.temperature > 0:
             raise RequestError(
                 "Greedy verification needs temperature 0, got a request of temperature "
                 f"{options.temperature}: choose coupled or rejection."

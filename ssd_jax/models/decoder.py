@@ -66,13 +66,11 @@ def attention_block(
     query, new_keys, new_values = project_qkv(config, layer, x, cos, sin)
     keys = write_slots(keys, new_keys, start)
     values = write_slots(values, new_values, start)
-    batch, num_tokens = x.shape[:2]
+    # Without the barrier XLA writes one-token updates twice, which costs copies of the whole cache.
+    keys, values = jax.lax.optimization_barrier((keys, values))
+    batch = x.shape[0]
     attended = attend(query, keys, values, jnp.broadcast_to(start, (batch,)))
-    attended = attended.reshape(
-        batch, num_tokens, config.num_kv_heads, config.queries_per_kv, config.head_dim
-    )
-    out = project("btkgh,kghd->btd", attended, layer.output, layer.output_bias)
-    return out, keys, values
+    return project_output(config, layer, attended), keys, values
 
 
 def project_qkv(
@@ -93,6 +91,17 @@ def project_qkv(
     batch, num_tokens = x.shape[:2]
     query = query.reshape(batch, num_tokens, config.num_heads, config.head_dim)
     return query, key[:, :, :, 0], value[:, :, :, 0]
+
+
+def project_output(
+    config: ModelConfig, layer: LayerParams, attended: Float[Array, "B T N H"]
+) -> Float[Array, "B T D"]:
+    """What the attended values add to the residual stream."""
+    batch, num_tokens = attended.shape[:2]
+    attended = attended.reshape(
+        batch, num_tokens, config.num_kv_heads, config.queries_per_kv, config.head_dim
+    )
+    return project("btkgh,kghd->btd", attended, layer.output, layer.output_bias)
 
 
 def mlp_block(

@@ -1,0 +1,108 @@
+"""Decoding methods by name, as the benchmarks' command lines give them.
+
+A name is a kind with options: `ar`, `draft:k=4`, `draft:k=8,auto`, `ngram:kind=mod,n=6,max=32`,
+`combined:k=4,auto`, `wide:k=16`. `auto` chooses draft lengths by round times measured beforehand;
+`wide` drafts nothing and takes passes as wide as for k drafted tokens; `accept=0.8` accepts drafted
+tokens by chance.
+"""
+
+import dataclasses
+from typing import Any
+
+from ssd_jax import Model, NgramConfig, SamplingParams, Speculation, measure_round_times
+from ssd_jax.engine.speculation import RoundTimes
+from ssd_jax.errors import RequestError
+
+DEFAULT_METHODS = (
+    "ar",
+    "draft:k=1",
+    "draft:k=2",
+    "draft:k=4",
+    "draft:k=4,auto",
+    "ngram:kind=simple",
+    "ngram:kind=map",
+    "ngram:kind=mod",
+    "ngram:kind=simple,auto",
+    "combined:k=2",
+    "combined:k=4,auto",
+)
+_NGRAM_OPTIONS = {"n": "n", "max": "max_draft", "min": "min_draft", "hits": "min_hits"}
+_OPTIONS = {
+    "ar": set(),
+    "wide": {"k"},
+    "draft": {"k", "auto", "accept"},
+    "ngram": {"kind", *_NGRAM_OPTIONS, "auto", "accept"},
+    "combined": {"k", "kind", *_NGRAM_OPTIONS, "auto", "accept"},
+}
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class BenchMethod:
+    """A method under its name; `speculation` None is plain decoding.
+
+    `auto` says that its draft lengths should follow round times, which are measured by `prepare`.
+    """
+
+    name: str
+    speculation: Speculation | None
+    auto: bool = False
+
+    def prepare(self, target: Model, params: SamplingParams, batch_size: int) -> "BenchMethod":
+        """The method with round times, if it asks for them."""
+        if self.speculation is None or not self.auto:
+            return self
+        times = measure_round_times(target, self.speculation, params, batch_size=batch_size)
+        return dataclasses.replace(
+            self, speculation=dataclasses.replace(self.speculation, round_times=times)
+        )
+
+    @property
+    def round_times(self) -> RoundTimes | None:
+        """The measured times, if there are any."""
+        return None if self.speculation is None else self.speculation.round_times
+
+
+def parse_method(name: str, draft: Model) -> BenchMethod:
+    """The method of that name.
+
+    Raises:
+        RequestError: an unknown kind or option, or a value out of range.
+    """
+    kind, _, tail = name.partition(":")
+    if kind not in _OPTIONS:
+        raise RequestError(f"A method must be one of {', '.join(_OPTIONS)}, got {name!r}.")
+    options: dict[str, str] = {}
+    for part in filter(None, tail.split(",")):
+        key, _, value = part.partition("=")
+        if key not in _OPTIONS[kind]:
+            allowed = ", ".join(sorted(_OPTIONS[kind])) or "none"
+            raise RequestError(f"Options of {kind} are {allowed}, got {key!r} in {name!r}.")
+        if key == "auto" and value:
+            raise RequestError(f"auto takes no value, got {value!r} in {name!r}.")
+        options[key] = value
+    if kind == "ar":
+        return BenchMethod(name=name, speculation=None)
+    settings: dict[str, Any] = {"exact": kind == "wide"}
+    if kind in ("draft", "combined"):
+        settings["draft"] = draft
+    if kind in ("ngram", "combined"):
+        numbers = {
+            field: _number(name, options[key], int)
+            for key, field in _NGRAM_OPTIONS.items()
+            if key in options
+        }
+        kinds: Any = options.get("kind", "simple")
+        settings["ngram"] = NgramConfig(kind=kinds, **numbers)
+    if "k" in options:
+        settings["draft_len"] = _number(name, options["k"], int)
+    if "accept" in options:
+        settings["synthetic_acceptance"] = _number(name, options["accept"], float)
+    speculation = Speculation(**settings)
+    return BenchMethod(name=name, speculation=speculation, auto="auto" in options)
+
+
+def _number[T: (int, float)](name: str, value: str, kind: type[T]) -> T:
+    try:
+        return kind(value)
+    except ValueError as error:
+        raise RequestError(f"Expected a number, got {value!r} in method {name!r}.") from error

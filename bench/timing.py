@@ -1,0 +1,93 @@
+"""Seconds of a request's parts: prefill, first step, the rest of decoding, and the host's share."""
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import jax
+
+from ssd_jax import Model, SamplingParams, Speculation, generate, stream
+from ssd_jax.engine.batch import make_batch, make_requests
+from ssd_jax.engine.method import autoregressive, speculative
+
+Prompts = Sequence[Sequence[int]]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Timing:
+    """Seconds of one batch of requests, decoded on the device without the host looking.
+
+    Attributes:
+        prefill_s: the prompts through every model, and n-gram tables filled.
+        first_step_s: the first step or round, until the host has its tokens.
+        decode_s: everything after prefill, `first_step_s` included.
+        decode_cpu_s: processor seconds of all threads in that time, on which other processes of a
+            busy machine tell less; says nothing where an accelerator does the work.
+    """
+
+    prefill_s: float
+    first_step_s: float
+    decode_s: float
+    decode_cpu_s: float
+
+    @property
+    def first_token_s(self) -> float:
+        """Until the first token is there; making the batch from text is not counted."""
+        return self.prefill_s + self.first_step_s
+
+
+def median_timing(timings: Sequence[Timing]) -> Timing:
+    """The median of each part by itself."""
+    parts = [field.name for field in dataclasses.fields(Timing)]
+    return Timing(
+        **{part: statistics.median(getattr(one, part) for one in timings) for part in parts}
+    )
+
+
+def time_parts(
+    model: Model,
+    prompts: Prompts,
+    params: Sequence[SamplingParams],
+    speculation: Speculation | None,
+) -> Timing:
+    """Seconds of one run whose programs are compiled already."""
+    requests = make_requests(model, prompts, params)
+    if speculation is None:
+        method, batch = autoregressive(model), make_batch(model, requests)
+    else:
+        method = speculative(model, speculation)
+        batch = make_batch(model, requests, speculation.longest_draft, speculation.draft)
+    started = time.perf_counter()
+    state = jax.block_until_ready(method.prefill(batch))
+    prefilled, prefilled_cpu = time.perf_counter(), time.process_time()
+    state = method.advance(batch, state, 1)
+    jax.device_get(method.view(state)[0].tokens)
+    first = time.perf_counter()
+    jax.block_until_ready(method.advance(batch, state, batch.max_steps))
+    done, done_cpu = time.perf_counter(), time.process_time()
+    return Timing(
+        prefill_s=prefilled - started,
+        first_step_s=first - prefilled,
+        decode_s=done - prefilled,
+        decode_cpu_s=done_cpu - prefilled_cpu,
+    )
+
+
+def time_host(
+    model: Model,
+    prompts: Prompts,
+    params: Sequence[SamplingParams],
+    speculation: Speculation | None,
+) -> tuple[float, float]:
+    """Seconds of `generate` (one dispatch) and of `stream` (text every few tokens), in turn."""
+    return (
+        _seconds(lambda: generate(model, prompts, params, speculation=speculation)),
+        _seconds(lambda: list(stream(model, prompts, params, speculation=speculation))),
+    )
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    run()
+    return time.perf_counter() - started

@@ -1,0 +1,63 @@
+"""Two groups of CPU cores as two devices that do not disturb each other.
+
+Devices of one CPU client share a pool of threads, so that a wide matrix product on one takes the
+other's cores. Two clients whose threads are pinned to cores of their own do not. There is no public
+way to make a second client: this is the one place that reaches into JAX for it.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+from jax._src import xla_bridge
+
+from ssd_jax.errors import ConfigError
+
+_NAME = "cpu_draft"
+
+
+def split_cpu(num_draft_cores: int = 1) -> tuple[jax.Device, jax.Device]:
+    """A device on the process's first cores (the default device) and one on the last ones.
+
+    Must be called before anything of JAX has run, on Linux. The calling thread keeps all cores.
+
+    Raises:
+        ConfigError: too few cores, another system, or JAX is running already.
+    """
+    if not hasattr(os, "sched_setaffinity"):
+        raise ConfigError("Splitting a CPU needs Linux: put target and draft on one device.")
+    cores = sorted(os.sched_getaffinity(0))
+    if not 1 <= num_draft_cores < len(cores):
+        raise ConfigError(
+            f"Splitting the CPU needs a core for each side, got {len(cores)} cores of which "
+            f"{num_draft_cores} for the draft."
+        )
+    if xla_bridge.backends_are_initialized():
+        raise ConfigError("Splitting the CPU must come before JAX runs anything: call it first.")
+    target_cores, draft_cores = cores[:-num_draft_cores], cores[-num_draft_cores:]
+
+    def make_draft_client() -> Any:  # noqa: ANN401 (JAX's type is private)
+        with _only_cores(draft_cores):
+            return xla_bridge.make_cpu_client()
+
+    xla_bridge.register_backend_factory(_NAME, make_draft_client, priority=-100, fail_quietly=False)
+    with _only_cores(target_cores):  # JAX makes all clients at the first use of any
+        return jax.devices("cpu")[0], jax.devices(_NAME)[0]
+
+
+@contextlib.contextmanager
+def _only_cores(cores: Sequence[int]) -> Iterator[None]:
+    """Threads that are made meanwhile run on these cores, and pools get one thread for each."""
+    before, threads = os.sched_getaffinity(0), os.environ.get("NPROC")
+    os.sched_setaffinity(0, cores)
+    os.environ["NPROC"] = str(len(cores))
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+        if threads is None:
+            del os.environ["NPROC"]
+        else:
+            os.environ["NPROC"] = threads

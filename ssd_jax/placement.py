@@ -1,0 +1,90 @@
+"""Which model runs where: a model runs on the devices that hold its weights.
+
+`place_model` puts one on a device, `shard_model` spreads one over a mesh (tensor parallel). States
+and options follow the weights.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
+
+from ssd_jax.errors import ConfigError
+from ssd_jax.model import Model
+from ssd_jax.types import DecodeState, LayerParams
+
+MODEL_AXIS = "model"
+
+
+def place_model(model: Model, device: jax.Device) -> Model:
+    """The model with its weights on one device."""
+    return dataclasses.replace(model, params=jax.device_put(model.params, device))
+
+
+def shard_model(model: Model, devices: list[jax.Device]) -> Model:
+    """The model with its weights spread over devices: heads and feed-forward columns are divided.
+
+    Embedding, norms and output are whole on every device.
+
+    Raises:
+        ConfigError: the key/value heads or the feed-forward width do not divide evenly.
+    """
+    config, count = model.config, len(devices)
+    if config.num_kv_heads % count or config.intermediate_size % count:
+        raise ConfigError(
+            "A model is spread over a number of devices that divides its key/value heads and its "
+            f"intermediate size, got {count} devices for {config.num_kv_heads} heads and "
+            f"{config.intermediate_size}: use fewer devices."
+        )
+    mesh = Mesh(devices, (MODEL_AXIS,))
+    whole = NamedSharding(mesh, PartitionSpec())
+    shardings = jax.tree.map(lambda _: whole, model.params)
+    layers = tuple(
+        dataclasses.replace(layer, **_layer_shardings(mesh, layer)) for layer in model.params.layers
+    )
+    shardings = dataclasses.replace(shardings, layers=layers)
+    return dataclasses.replace(model, params=jax.device_put(model.params, shardings))
+
+
+def home(model: Model) -> Sharding:
+    """Where a model wants its small arrays: on its device, or whole on each device of its mesh."""
+    sharding = model.params.embedding.sharding
+    if isinstance(sharding, NamedSharding):
+        return NamedSharding(sharding.mesh, PartitionSpec())
+    return sharding
+
+
+def place_state(state: DecodeState, model: Model) -> DecodeState:
+    """A state on the model's devices, its cache divided as the heads are."""
+    small = home(model)
+    cache = small
+    if isinstance(small, NamedSharding):
+        cache = NamedSharding(small.mesh, PartitionSpec(None, MODEL_AXIS))
+    shardings = jax.tree.map(lambda _: small, state)
+    heads = jax.tree.map(lambda _: cache, (state.cache.keys, state.cache.values))
+    placed = dataclasses.replace(shardings.cache, keys=heads[0], values=heads[1])
+    return jax.device_put(state, dataclasses.replace(shardings, cache=placed))
+
+
+def _layer_shardings(mesh: Mesh, layer: LayerParams) -> dict[str, Any]:
+    """The sharding of each weight of a layer, None for those it does not have."""
+    model = MODEL_AXIS
+    specs = {
+        "attention_norm": PartitionSpec(),
+        "qkv": PartitionSpec(None, model),
+        "qkv_bias": PartitionSpec(model),
+        "query_norm": PartitionSpec(),
+        "key_norm": PartitionSpec(),
+        "output": PartitionSpec(model),
+        "output_bias": PartitionSpec(),
+        "mlp_norm": PartitionSpec(),
+        "gate_up": PartitionSpec(None, None, model),
+        "gate_up_bias": PartitionSpec(None, model),
+        "down": PartitionSpec(model),
+        "down_bias": PartitionSpec(),
+    }
+    return {
+        name: None if getattr(layer, name) is None else NamedSharding(mesh, spec)
+        for name, spec in specs.items()
+    }
