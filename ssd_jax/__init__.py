@@ -9,16 +9,21 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ssd_jax.config import ModelConfig as ModelConfig
+    from ssd_jax.cpu_clients import split_cpu as split_cpu
     from ssd_jax.drafting.ngram import NgramConfig as NgramConfig
     from ssd_jax.engine.round_times import measure_round_times as measure_round_times
     from ssd_jax.engine.speculation import Speculation as Speculation
+    from ssd_jax.engine.ssd import SSD as SSD
     from ssd_jax.errors import SsdJaxError as SsdJaxError
+    from ssd_jax.fan_out import FanOut as FanOut
     from ssd_jax.generation import Completion as Completion
     from ssd_jax.generation import Delta as Delta
     from ssd_jax.generation import generate as generate
     from ssd_jax.generation import stream as stream
     from ssd_jax.model import Model as Model
     from ssd_jax.model import load_model as load_model
+    from ssd_jax.placement import place_model as place_model
+    from ssd_jax.placement import shard_model as shard_model
     from ssd_jax.sampling_params import SamplingParams as SamplingParams
 
 _HOMES = {
@@ -26,6 +31,11 @@ _HOMES = {
     "Delta": "generation",
     "Model": "model",
     "ModelConfig": "config",
+    "FanOut": "fan_out",
+    "SSD": "engine.ssd",
+    "place_model": "placement",
+    "shard_model": "placement",
+    "split_cpu": "cpu_clients",
     "SamplingParams": "sampling_params",
     "NgramConfig": "drafting.ngram",
     "Speculation": "engine.speculation",

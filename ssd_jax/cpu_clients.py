@@ -6,6 +6,7 @@ way to make a second client: this is the one place that reaches into JAX for it.
 """
 
 import contextlib
+import importlib.metadata
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -16,6 +17,25 @@ from jax._src import xla_bridge
 from ssd_jax.errors import ConfigError
 
 _NAME = "cpu_draft"
+
+
+def can_split_cpu() -> bool:
+    """Whether `split_cpu` would work and JAX would not rather run on an accelerator."""
+    if not hasattr(os, "sched_setaffinity") or xla_bridge.backends_are_initialized():
+        return False
+    wanted = jax.config.jax_platforms or ("cpu" if not _has_accelerator_plugin() else "")
+    return wanted.split(",")[0] == "cpu" and len(os.sched_getaffinity(0)) > 1
+
+
+def draft_cpu() -> jax.Device | None:
+    """The device that `split_cpu` made for the draft, None if it was not called."""
+    if _NAME not in xla_bridge.backends():
+        return None
+    return jax.devices(_NAME)[0]
+
+
+def _has_accelerator_plugin() -> bool:
+    return bool(importlib.metadata.entry_points(group="jax_plugins"))
 
 
 def split_cpu(num_draft_cores: int = 1) -> tuple[jax.Device, jax.Device]:

@@ -11,7 +11,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from ssd_jax.errors import ConfigError
-from ssd_jax.model import Model
+from ssd_jax.model import Model, transpose_output
 from ssd_jax.types import DecodeState, LayerParams
 
 MODEL_AXIS = "model"
@@ -19,7 +19,15 @@ MODEL_AXIS = "model"
 
 def place_model(model: Model, device: jax.Device) -> Model:
     """The model with its weights on one device."""
-    return dataclasses.replace(model, params=jax.device_put(model.params, device))
+    params = transpose_output(model.params) if device.platform == "cpu" else model.params
+    return dataclasses.replace(model, params=jax.device_put(params, device))
+
+
+def spare_device(model: Model) -> jax.Device:
+    """A device for a draft: the last one that the target does not use, else one it does use."""
+    used = model.params.embedding.devices()
+    free = [device for device in jax.devices() if device not in used]
+    return free[-1] if free else min(used, key=lambda device: device.id)
 
 
 def shard_model(model: Model, devices: list[jax.Device]) -> Model:

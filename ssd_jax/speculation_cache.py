@@ -91,17 +91,23 @@ def guess_scores(
 
 
 def favour_misses(
-    law: Float[Array, "B V"], guesses: Int[Array, ""], weight: float, sampling: Sampling
+    law: Float[Array, "B V"],
+    counts: tuple[int, ...],
+    position: Int[Array, ""],
+    weight: float,
+    sampling: Sampling,
 ) -> Float[Array, "B V"]:
     """The law with its most likely tokens scaled by `weight` (Saguaro sampling, Definition 14).
 
     The tokens that a rejection is likely to emit instead are those that the draft avoided: drawing
-    them less often makes the guesses, which are the same tokens, come true more often. `guesses` of
-    them are prepared for besides the drafted one. Greedy rows, and laws with nothing outside that
-    set, stay as they are. The result is normalised and is the law to verify with.
+    them less often makes the guesses, which are the same tokens, come true more often. At this draft
+    position `counts[position]` of them are guessed besides the drafted one. Greedy rows, and laws
+    with nothing outside that set, stay as they are. The result is normalised and is the law to
+    verify with.
     """
-    descending = -jnp.sort(-law, axis=-1)
-    last = jnp.minimum(guesses, law.shape[-1] - 1)
+    most = min(max(counts) + 1, law.shape[-1])
+    descending, _ = jax.lax.top_k(law, most)
+    last = jnp.minimum(jnp.asarray(counts, jnp.int32)[position], most - 1)
     threshold = jax.lax.dynamic_index_in_dim(descending, last, axis=1)
     scaled = jnp.where(law >= threshold, law + jnp.log(jnp.float32(weight)), law)
     total = jax.nn.logsumexp(scaled, axis=-1, keepdims=True)

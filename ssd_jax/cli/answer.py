@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 
 from ssd_jax.cli.compile_clock import CompileClock
 from ssd_jax.engine.speculation import Speculation
+from ssd_jax.engine.ssd import SSD
 from ssd_jax.generation import Completion, stream
 from ssd_jax.model import Model
 from ssd_jax.sampling_params import SamplingParams
@@ -57,7 +58,7 @@ class Answer:
 
 def print_answer(
     model: Model,
-    speculation: Speculation | None,
+    speculation: Speculation | SSD | None,
     prompt_ids: Sequence[int],
     params: SamplingParams,
     args: argparse.Namespace,
@@ -77,7 +78,7 @@ def print_answer(
 
 def _decode(
     model: Model,
-    speculation: Speculation | None,
+    speculation: Speculation | SSD | None,
     prompt_ids: Sequence[int],
     params: SamplingParams,
     write: Callable[[str], None],
@@ -139,7 +140,7 @@ def _as_json(answer: Answer, params: SamplingParams) -> dict[str, object]:
         account["logprobs"] = [dataclasses.asdict(entry) for entry in answer.completion.logprobs]
     if answer.completion is not None and answer.completion.speculation is not None:
         counts = answer.completion.speculation
-        account["speculation"] = {
+        figures: dict[str, object] = {
             "target_steps": counts.target_steps,
             "tokens_per_target_step": len(answer.token_ids) / max(1, counts.target_steps),
             "drafters": {
@@ -147,6 +148,10 @@ def _as_json(answer: Answer, params: SamplingParams) -> dict[str, object]:
                 for name, own in counts.drafters.items()
             },
         }
+        if counts.lookups is not None:
+            hit_rate = counts.lookups.hit_rate
+            figures["lookups"] = {**dataclasses.asdict(counts.lookups), "hit_rate": hit_rate}
+        account["speculation"] = figures
     return account
 
 
@@ -169,4 +174,6 @@ def _statistics(answer: Answer) -> str:
             for name, own in counts.drafters.items()
         ]
         parts.append(f"{number / max(1, counts.target_steps):.2f} tokens a target step")
+        if counts.lookups is not None:
+            parts.append(f"{counts.lookups.hit_rate:.0%} of outcomes were prepared")
     return ", ".join(parts)

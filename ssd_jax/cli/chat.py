@@ -34,7 +34,8 @@ def run_chat(args: argparse.Namespace) -> int:
         SsdJaxError: no model, no chat template, or (not on a terminal) a turn that is refused.
     """
     from ssd_jax.cli.answer import print_answer
-    from ssd_jax.cli.session import open_model, open_speculation
+    from ssd_jax.cli.session import open_model
+    from ssd_jax.cli.speculation import open_speculation
 
     model, tokenizer = open_model(args)
     speculation = open_speculation(args, model, sampling_params(args, model.config.max_context))

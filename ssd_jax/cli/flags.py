@@ -65,10 +65,11 @@ def _add_model_flags(group: argparse._ArgumentGroup) -> None:
 def _add_speculation_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--method",
-        choices=("ar", "draft", "ngram", "combined"),
+        choices=("ar", "draft", "ngram", "combined", "ssd"),
         help="ar decodes token by token; draft verifies what a draft model proposes; ngram what "
-        "followed the same tokens before; combined does the latter where it can, else the former "
-        "(default: draft if --draft-model is given, else ar)",
+        "followed the same tokens before; combined does the latter where it can, else the former; "
+        "ssd prepares the next drafts while one is verified (default: draft if --draft-model is "
+        "given, else ar)",
     )
     group.add_argument(
         "--draft-model",
@@ -111,6 +112,40 @@ def _add_speculation_flags(group: argparse._ArgumentGroup) -> None:
         "every pass of the target takes draft-len + 1 tokens, with --method ar too, so that "
         "bfloat16 ties fall the same way; says what that costs",
         default=False,
+    )
+    group.add_argument(
+        "-f",
+        "--fan-out",
+        type=_fan_out,
+        metavar="N[,N...]",
+        help="ssd: bonus tokens guessed for 0, 1, ... draft-len accepted tokens, or one number for "
+        "all (default: 3)",
+    )
+    group.add_argument(
+        "--fan-out-after-miss",
+        type=_fan_out,
+        metavar="N,N[,N...]",
+        help="ssd: the same after an outcome that was not prepared (default: as --fan-out)",
+    )
+    group.add_argument(
+        "--fallback",
+        choices=("neural", "ngram"),
+        help="ssd: who drafts where an outcome was not prepared: the draft model while the target "
+        "waits, or n-grams at once (default: neural)",
+    )
+    group.add_argument(
+        "--miss-weight",
+        type=number,
+        metavar="C",
+        help="ssd with --verification rejection: Saguaro sampling's C, from 0 to 1; below 1 "
+        "rejections are guessed more often and drafts accepted less (default: 1)",
+    )
+    group.add_argument(
+        "--draft-device",
+        choices=("auto", "same"),
+        default="auto",
+        help="ssd: auto gives the draft a device of its own, on a CPU one of its cores; same puts "
+        "it where the target is (default: auto)",
     )
     group.add_argument(
         "--synthetic-acceptance",
@@ -241,6 +276,11 @@ def _option(name: str, convert: Callable[[str], float]) -> Callable[[str], float
 
 def _draft_len(text: str) -> int | str:
     return AUTO if text == AUTO else whole_number(text)
+
+
+def _fan_out(text: str) -> int | tuple[int, ...]:
+    counts = tuple(whole_number(part) for part in text.split(","))
+    return counts if "," in text else counts[0]
 
 
 def _logit_bias(text: str) -> tuple[int, float]:

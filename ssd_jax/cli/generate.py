@@ -32,7 +32,8 @@ def run_generate(args: argparse.Namespace) -> int:
     prompt = _read_stdin() if args.prompt == "-" else args.prompt
 
     from ssd_jax.cli.answer import INTERRUPTED, print_answer
-    from ssd_jax.cli.session import open_model, open_speculation
+    from ssd_jax.cli.session import open_model
+    from ssd_jax.cli.speculation import open_speculation
 
     model, tokenizer = open_model(args)
     prompt_ids = tokenizer.encode(prompt)

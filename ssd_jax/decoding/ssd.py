@@ -300,7 +300,7 @@ def _reshape_law(
     """The law to draw a draft position from: reweighted where Saguaro sampling is on."""
     if speculator.miss_weight == 1 or speculator.verification != "rejection":
         return law
-    return favour_misses(law, jnp.asarray(guesses)[position], speculator.miss_weight, sampling)
+    return favour_misses(law, guesses, position, speculator.miss_weight, sampling)
 
 
 def _over_branches(
