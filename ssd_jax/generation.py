@@ -5,7 +5,8 @@ host looks at the text every few tokens, and what was decoded past a stop is dro
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import numpy as np
@@ -215,16 +216,22 @@ def _run(
         state = method.advance(batch, state, num_steps)
         num_steps = steps_between_looks or batch.max_steps
         target, stats, lookups = method.view(state)
-        view = jax.device_get(
-            (target.tokens, target.lengths, target.finish, target.logprobs, stats, lookups)
+        tokens, lengths, finish = jax.device_get((target.tokens, target.lengths, target.finish))
+        details = functools.cache(
+            functools.partial(jax.device_get, (target.logprobs, stats, lookups))
         )
         stopped = np.zeros(batch.lengths.shape, bool)
         for row in rows:
-            if row.completion is None and (delta := row.advance(*view)) is not None:
-                stopped[row.index] = delta.completion is not None
-                yield delta
+            if row.completion is None:
+                delta = row.advance(tokens, lengths, finish, details)
+                if delta is not None:
+                    stopped[row.index] = delta.completion is not None
+                    yield delta
         if stopped.any():
             state = method.stop(state, stopped)
+
+
+_Details = tuple[Logprobs | None, SpeculationStats | None, LookupStats | None]
 
 
 class _Row:
@@ -246,11 +253,12 @@ class _Row:
         tokens: np.ndarray,
         lengths: np.ndarray,
         finish: np.ndarray,
-        logprobs: Logprobs | None,
-        stats: SpeculationStats | None,
-        lookups: LookupStats | None,
+        details: Callable[[], _Details],
     ) -> Delta | None:
-        """What is new since the last look, or None if nothing is."""
+        """What is new since the last look, or None if nothing is.
+
+        `details` brings log-probabilities and statistics over, for a row that is done.
+        """
         prompt_len = len(self._request.prompt_ids)
         length, code = int(lengths[self.index]), Finish(int(finish[self.index]))
         if length == self._seen:
@@ -270,6 +278,7 @@ class _Row:
         self._seen = length
         self._text.append(text)
         if reason is not None:
+            logprobs, stats, lookups = details()
             self.completion = Completion(
                 text="".join(self._text),
                 token_ids=tuple(tokens[self.index, prompt_len:length].tolist()),

@@ -70,7 +70,6 @@ def guess_scores(
     sampling: Sampling,
     output_counts: Int[Array, "B V"],
     positions: Int[Array, "B"],
-    purpose: Purpose,
 ) -> Float[Array, "B V"]:
     """How likely the target is to choose each token, by the draft's logits.
 
@@ -82,7 +81,7 @@ def guess_scores(
 
     def with_noise() -> Float[Array, "B V"]:
         law = warp(logits, sampling, output_counts)
-        noise = gumbel_noise(sampling.seed, positions, purpose, law.shape[-1])
+        noise = gumbel_noise(sampling.seed, positions, Purpose.TOKEN, law.shape[-1])
         return jnp.where(greedy[:, None], penalize(logits, sampling, output_counts), law + noise)
 
     return jax.lax.cond(
@@ -100,9 +99,9 @@ def favour_misses(
     """The law with its most likely tokens scaled by `weight` (Saguaro sampling, Definition 14).
 
     The tokens that a rejection is likely to emit instead are those that the draft avoided: drawing
-    them less often makes the guesses, which are the same tokens, come true more often. At this draft
-    position `counts[position]` of them are guessed besides the drafted one. Greedy rows, and laws
-    with nothing outside that set, stay as they are. The result is normalised and is the law to
+    them less often makes the guesses, which are the same tokens, come true more often. At this
+    draft position `counts[position]` of them are guessed besides the drafted one. Greedy rows, and
+    laws with nothing outside that set, stay as they are. The result is normalised and is the law to
     verify with.
     """
     most = min(max(counts) + 1, law.shape[-1])

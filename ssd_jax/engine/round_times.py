@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import math
-import statistics
 import time
 from collections.abc import Callable, Sequence
 
@@ -26,7 +25,7 @@ from ssd_jax.sampling_params import SamplingParams
 from ssd_jax.types import DecodeState, ModelParams, Sampling
 
 ROUNDS = 8  # in one dispatch, so that dispatching does not count
-REPEATS = 5  # the median of so many counts
+REPEATS = 5
 CONTEXT = 256  # tokens of text in front of the measured ones, if the model's context holds them
 
 
@@ -76,14 +75,11 @@ def measure_pass_times(
     config, weights = model.config, model.params
     batch = _measured_batch(model, max(widths), params, batch_size)
     state = _unread_state(model, batch)
-    return {
-        width: _median_s(
-            lambda rounds, width=width: _run_passes(
-                config, weights, batch.sampling, state, rounds, width=width
-            )
-        )
+    runs = {
+        width: functools.partial(_run_passes, config, weights, batch.sampling, state, width=width)
         for width in sorted(set(widths))
     }
+    return _seconds_a_round(runs)
 
 
 def _placeholder_times(speculation: Speculation) -> RoundTimes:
@@ -125,29 +121,38 @@ def _measure_draft(
     alone = dataclasses.replace(speculation, ngram=None, round_times=None)
     cache = prefill_drafter(alone, batch)
 
-    def seconds(count: int) -> float:
-        limits = jnp.full((1, len(batch.lengths)), count, jnp.int32)
-        return _median_s(
-            lambda rounds: _run_drafts(
-                alone.drafter, model.params, batch.sampling, state, cache, limits, rounds
-            )
+    runs = {
+        count: functools.partial(
+            _run_drafts,
+            alone.drafter,
+            model.params,
+            batch.sampling,
+            state,
+            cache,
+            jnp.full((1, len(batch.lengths)), count, jnp.int32),
         )
-
-    one = seconds(1)
+        for count in {1, length}
+    }
+    seconds = _seconds_a_round(runs)
     if length == 1:
-        return one, 0.0
-    return one, max(0.0, seconds(length) - one) / (length - 1)
+        return seconds[1], 0.0
+    return seconds[1], max(0.0, seconds[length] - seconds[1]) / (length - 1)
 
 
-def _median_s(run: Callable[[np.int32], PyTree]) -> float:
-    """Median seconds a round, after one run that compiles."""
-    jax.block_until_ready(run(np.int32(1)))
-    times = []
+def _seconds_a_round(runs: dict[int, Callable[[np.int32], PyTree]]) -> dict[int, float]:
+    """Seconds of a round of each kind: the least of repeats in turns, after one that compiles.
+
+    The least, since whatever else the machine does only ever adds.
+    """
+    seconds = dict.fromkeys(runs, math.inf)
+    for run in runs.values():
+        jax.block_until_ready(run(np.int32(1)))
     for _ in range(REPEATS):
-        started = time.perf_counter()
-        jax.block_until_ready(run(np.int32(ROUNDS)))
-        times.append((time.perf_counter() - started) / ROUNDS)
-    return statistics.median(times)
+        for key, run in runs.items():
+            started = time.perf_counter()
+            jax.block_until_ready(run(np.int32(ROUNDS)))
+            seconds[key] = min(seconds[key], (time.perf_counter() - started) / ROUNDS)
+    return seconds
 
 
 @functools.partial(jax.jit, static_argnames=("config", "width"))
