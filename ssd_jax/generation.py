@@ -161,6 +161,8 @@ def generate(
     """One completion for each prompt, in order; the prompts are decoded together as one batch.
 
     Exactness: a row's output depends on its own prompt, options and seed alone, not on the others.
+    (One exception: n-gram kind "mod" drafts from a table that all rows share. Under verification
+    "rejection" that may change a sampled row's tokens, not their law.)
 
     Raises:
         RequestError, MemoryBudgetError: before anything runs, in words.

@@ -21,7 +21,6 @@ class Purpose(enum.IntEnum):
     TOKEN = 0  # the target's own choice; under coupled verification the draft's too
     DRAFT = 1  # a draft's choice under rejection sampling
     ACCEPT = 2  # whether a drafted token is accepted
-    BONUS = 3  # the token that rejection sampling adds
 
 
 def warp(

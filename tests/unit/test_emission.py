@@ -1,5 +1,7 @@
 """The pieces of a speculative round: emitting, recording, counting along a draft."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,7 +20,6 @@ from ssd_jax.types import (
     Logprobs,
     Sampling,
     SpeculationStats,
-    Verdict,
 )
 
 B, S, T, V = 3, 12, 4, 6
@@ -218,20 +219,52 @@ def test_draft_logits_are_cut_or_padded_to_the_targets_ids(width):
 
 
 def test_statistics_count_running_rows_and_emitted_tokens_only():
+    """Of two drafters, here the second's drafts in row 0, the first's in rows 1 and 2."""
+    own = jnp.array([[[0] * T, [2, 1, 0, 0]], [[3, 0, 0, 0], [0] * T], [[1, 1, 1, 0], [0] * T]])
     stats = SpeculationStats(
         target_steps=jnp.array([4, 5, 6], jnp.int32),
-        drafted=jnp.array([9, 9, 9], jnp.int32),
-        accepted=jnp.array([3, 3, 3], jnp.int32),
-        accepted_at=jnp.array([[2, 1, 0, 0], [3, 0, 0, 0], [1, 1, 1, 0]], jnp.int32),
+        drafts=jnp.array([[0, 3], [3, 0], [2, 0]], jnp.int32),
+        drafted=jnp.array([[0, 9], [9, 0], [9, 0]], jnp.int32),
+        accepted=jnp.array([[0, 3], [3, 0], [3, 0]], jnp.int32),
+        accepted_at=own.astype(jnp.int32),
     )
-    count = jnp.array([T, 3, T], jnp.int32)
-    draft = Draft(tokens=jnp.zeros((B, T), jnp.int32), count=count, law=None)
-    verdict = Verdict(
-        num_accepted=jnp.array([4, 3, 2], jnp.int32), bonus_token=jnp.zeros(B, jnp.int32)
+    draft = Draft(
+        tokens=jnp.zeros((B, T), jnp.int32),
+        count=jnp.array([T, 3, T], jnp.int32),
+        law=None,
+        drafter=jnp.array([1, 0, 0], jnp.int32),
     )
-    running, emitted = jnp.array([True, True, False]), jnp.array([5, 2, 0], jnp.int32)
-    after = add_round(stats, draft, verdict, running, emitted)
+    before = make_state(np.zeros((B, S), np.int32), np.full(B, 3), np.zeros(B, np.int32))
+    emitted = np.array([5, 2, 0], np.int32)
+    after_state = dataclasses.replace(before, lengths=before.lengths + emitted)
+    running = jnp.array([True, True, False])
+    num_accepted = jnp.array([4, 3, 2], jnp.int32)
+    after = add_round(stats, draft, num_accepted, running, after_state, before)
     assert after.target_steps.tolist() == [5, 6, 6]
-    assert after.drafted.tolist() == [13, 12, 9]
-    assert after.accepted.tolist() == [7, 5, 3]
-    assert after.accepted_at.tolist() == [[3, 2, 1, 1], [4, 1, 0, 0], [1, 1, 1, 0]]
+    assert after.drafts.tolist() == [[0, 4], [4, 0], [2, 0]]
+    assert after.drafted.tolist() == [[0, 13], [12, 0], [9, 0]]
+    assert after.accepted.tolist() == [[0, 7], [5, 0], [3, 0]]
+    zeros = [0] * T
+    assert after.accepted_at.tolist() == [
+        [zeros, [3, 2, 1, 1]],
+        [[4, 1, 0, 0], zeros],
+        [[1, 1, 1, 0], zeros],
+    ]
+
+
+def test_a_round_without_a_draft_counts_as_a_step_alone():
+    nothing = jnp.zeros((B, 1), jnp.int32)
+    stats = SpeculationStats(
+        target_steps=jnp.zeros(B, jnp.int32),
+        drafts=nothing,
+        drafted=nothing,
+        accepted=nothing,
+        accepted_at=jnp.zeros((B, 1, T), jnp.int32),
+    )
+    none = jnp.zeros(B, jnp.int32)
+    draft = Draft(tokens=jnp.zeros((B, T), jnp.int32), count=none, law=None, drafter=none)
+    before = make_state(np.zeros((B, S), np.int32), np.full(B, 3), np.zeros(B, np.int32))
+    after_state = dataclasses.replace(before, lengths=before.lengths + 1)
+    after = add_round(stats, draft, none, none == 0, after_state, before)
+    assert after.target_steps.tolist() == [1] * B
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(after)[1:])

@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+from speculation_cases import assert_honest_counts
 from tiny_models import prompt_ids, tiny, tiny_tokenizer
 
 from ssd_jax.drafting.ngram import NgramConfig
@@ -28,7 +29,7 @@ def model():
 
 def ngram(kind, n=1, max_draft=8):
     options = NgramConfig(kind=kind, n=n, max_draft=max_draft, table_size=1 << 12)
-    return Speculation(draft=options)
+    return Speculation(ngram=options)
 
 
 @pytest.mark.parametrize("kind", ["simple", "map", "mod"])
@@ -37,11 +38,9 @@ def test_the_output_is_that_of_plain_decoding(model, kind, n):
     plain = generate(model, PROMPTS, OPTIONS)
     drafted = generate(model, PROMPTS, OPTIONS, speculation=ngram(kind, n))
     assert [c.token_ids for c in drafted] == [c.token_ids for c in plain]
-    counts = [c.speculation for c in drafted]
-    assert sum(c.accepted for c in counts) > 0
-    for completion, count in zip(drafted, counts, strict=True):
-        assert count.accepted <= count.drafted
-        assert count.accepted + count.target_steps == len(completion.token_ids)
+    assert sum(c.speculation.total.num_accepted_tokens for c in drafted) > 0
+    for completion in drafted:
+        assert_honest_counts(completion, 8)
 
 
 def test_where_nothing_repeats_nothing_is_drafted(model):
@@ -49,7 +48,9 @@ def test_where_nothing_repeats_nothing_is_drafted(model):
     plain = generate(model, [prompt_ids(17)], options)
     (drafted,) = generate(model, [prompt_ids(17)], options, speculation=ngram("simple", n=16))
     assert drafted.token_ids == plain[0].token_ids
-    assert (drafted.speculation.drafted, drafted.speculation.target_steps) == (0, 12)
+    counts = drafted.speculation
+    assert (counts.total.num_draft_tokens, counts.target_steps) == (0, 12)
+    assert (counts.total.num_drafts, counts.total.acceptance_rate) == (0, 0.0)
 
 
 def test_the_longest_draft_ends_exactly_at_the_limit(model):
@@ -58,7 +59,7 @@ def test_the_longest_draft_ends_exactly_at_the_limit(model):
         plain = generate(model, [REPEATING], options)
         drafted = generate(model, [REPEATING], options, speculation=ngram("simple", 1, 64))
         assert drafted[0].token_ids == plain[0].token_ids
-        assert drafted[0].speculation.drafted <= max_tokens
+        assert drafted[0].speculation.total.num_draft_tokens <= max_tokens
 
 
 def test_streaming_gives_the_same_text(model):

@@ -7,7 +7,8 @@ import tokenizers
 from tiny_models import CONFIGS, make_tiny, prompt_ids, tiny, tiny_tokenizer
 from tokenizers import models
 
-from ssd_jax.engine.speculation import Speculation, check_pair, first_mismatch
+from ssd_jax.drafting.ngram import NgramConfig
+from ssd_jax.engine.speculation import RoundTimes, Speculation, check_pair, first_mismatch
 from ssd_jax.errors import ConfigError, RequestError
 from ssd_jax.generation import generate, stream
 from ssd_jax.sampling_params import SamplingParams
@@ -39,7 +40,7 @@ def test_the_shortest_and_the_longest_draft_are_taken(draft_len):
 
 @pytest.mark.parametrize("verification", ["greedy ", "", "Coupled", None])
 def test_an_unknown_verification_is_refused_with_the_known_ones(verification):
-    with pytest.raises(RequestError, match="coupled, rejection, got") as caught:
+    with pytest.raises(RequestError, match="coupled, rejection, greedy, got") as caught:
         Speculation(draft=tiny(NAME).model, verification=verification)
     assert repr(verification) in str(caught.value)
 
@@ -100,6 +101,35 @@ def test_a_wrong_pair_is_refused_before_anything_runs(run):
         list(run(tiny(NAME).model, [[1]], SamplingParams(max_tokens=2), speculation=speculation))
 
 
+@pytest.mark.parametrize("run", [generate, stream])
+def test_greedy_verification_refuses_a_row_that_samples(run):
+    speculation = Speculation(draft=tiny(NAME).model, verification="greedy")
+    options = [SamplingParams(max_tokens=2), SamplingParams(max_tokens=2, temperature=0.5)]
+    with pytest.raises(RequestError, match=r"Greedy verification needs temperature 0, .*0\.5"):
+        list(run(tiny(NAME).model, [[1]] * 2, options, speculation=speculation))
+
+
+def test_someone_must_draft_unless_passes_are_only_made_equally_wide():
+    with pytest.raises(RequestError, match="neither a draft model nor n-gram options"):
+        Speculation()
+    assert Speculation(exact=True).drafter.names == ()
+
+
+@pytest.mark.parametrize("seconds", [((1.0, 0.0),), ((1.0, -1.0),), ((1.0, float("nan")),)])
+def test_times_must_be_positive(seconds):
+    with pytest.raises(RequestError, match="round_times must be positive seconds"):
+        RoundTimes(seconds=seconds)
+
+
+def test_times_must_be_this_speculations():
+    times = RoundTimes(seconds=((1.0, 2.0, 3.0),))
+    model = tiny(NAME).model
+    assert Speculation(draft=model, draft_len=2, round_times=times).drafter.may_decline
+    for options in ({"draft_len": 3}, {"draft_len": 2, "ngram": NgramConfig(max_draft=2)}):
+        with pytest.raises(RequestError, match=r"measured for this speculation.* got \(1, 3\)"):
+            Speculation(draft=model, round_times=times, **options)
+
+
 @pytest.mark.parametrize(
     ("target_size", "draft_size", "verification"), [(64, 72, "coupled"), (72, 64, "rejection")]
 )
@@ -125,4 +155,4 @@ def test_embeddings_padded_to_different_sizes(target_size, draft_size, verificat
     assert completion.token_ids == plain.token_ids
     assert max(completion.token_ids) < tiny_tokenizer().vocab_size
     assert completion.speculation is not None
-    assert completion.speculation.drafted > 0
+    assert completion.speculation.total.num_draft_tokens > 0
