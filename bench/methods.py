@@ -1,15 +1,24 @@
 """Decoding methods by name, as the benchmarks' command lines give them.
 
 A name is a kind with options: `ar`, `draft:k=4`, `draft:k=8,auto`, `ngram:kind=mod,n=6,max=32`,
-`combined:k=4,auto`, `wide:k=16`. `auto` chooses draft lengths by round times measured beforehand;
-`wide` drafts nothing and takes passes as wide as for k drafted tokens; `accept=0.8` accepts drafted
-tokens by chance.
+`combined:k=4,auto`, `ssd:k=3,f=4-3-2-3`, `wide:k=16`. `auto` chooses draft lengths by round times
+measured beforehand; `wide` drafts nothing and takes passes as wide as for k drafted tokens;
+`accept=0.8` accepts drafted tokens by chance; `f` and `miss` are the fan-outs of ssd after a hit
+and after a miss, `fallback=ngram` its other fallback.
 """
 
 import dataclasses
 from typing import Any
 
-from ssd_jax import Model, NgramConfig, SamplingParams, Speculation, measure_round_times
+from ssd_jax import (
+    SSD,
+    FanOut,
+    Model,
+    NgramConfig,
+    SamplingParams,
+    Speculation,
+    measure_round_times,
+)
 from ssd_jax.engine.speculation import RoundTimes
 from ssd_jax.errors import RequestError
 
@@ -33,6 +42,7 @@ _OPTIONS = {
     "draft": {"k", "auto", "accept"},
     "ngram": {"kind", *_NGRAM_OPTIONS, "auto", "accept"},
     "combined": {"k", "kind", *_NGRAM_OPTIONS, "auto", "accept"},
+    "ssd": {"k", "f", "miss", "fallback", "accept"},
 }
 
 
@@ -44,12 +54,12 @@ class BenchMethod:
     """
 
     name: str
-    speculation: Speculation | None
+    speculation: Speculation | SSD | None
     auto: bool = False
 
     def prepare(self, target: Model, params: SamplingParams, batch_size: int) -> "BenchMethod":
         """The method with round times, if it asks for them."""
-        if self.speculation is None or not self.auto:
+        if not isinstance(self.speculation, Speculation) or not self.auto:
             return self
         times = measure_round_times(target, self.speculation, params, batch_size=batch_size)
         return dataclasses.replace(
@@ -59,11 +69,11 @@ class BenchMethod:
     @property
     def round_times(self) -> RoundTimes | None:
         """The measured times, if there are any."""
-        return None if self.speculation is None else self.speculation.round_times
+        return self.speculation.round_times if isinstance(self.speculation, Speculation) else None
 
 
-def parse_method(name: str, draft: Model) -> BenchMethod:
-    """The method of that name.
+def parse_method(name: str, draft: Model, ssd_draft: Model) -> BenchMethod:
+    """The method of that name; `ssd_draft` is the draft model where ssd shall have it.
 
     Raises:
         RequestError: an unknown kind or option, or a value out of range.
@@ -82,6 +92,8 @@ def parse_method(name: str, draft: Model) -> BenchMethod:
         options[key] = value
     if kind == "ar":
         return BenchMethod(name=name, speculation=None)
+    if kind == "ssd":
+        return BenchMethod(name=name, speculation=_parse_ssd(name, options, ssd_draft))
     settings: dict[str, Any] = {"exact": kind == "wide"}
     if kind in ("draft", "combined"):
         settings["draft"] = draft
@@ -99,6 +111,23 @@ def parse_method(name: str, draft: Model) -> BenchMethod:
         settings["synthetic_acceptance"] = _number(name, options["accept"], float)
     speculation = Speculation(**settings)
     return BenchMethod(name=name, speculation=speculation, auto="auto" in options)
+
+
+def _parse_ssd(name: str, options: dict[str, str], draft: Model) -> SSD:
+    settings: dict[str, Any] = {}
+    if "k" in options:
+        settings["draft_len"] = _number(name, options["k"], int)
+    if "f" in options:
+        counts = tuple(_number(name, part, int) for part in options["f"].split("-"))
+        settings["fan_out"] = counts if "-" in options["f"] else int(options["f"])
+        if "miss" in options:
+            after_miss = tuple(_number(name, part, int) for part in options["miss"].split("-"))
+            settings["fan_out"] = FanOut(after_hit=counts, after_miss=after_miss)
+    if "fallback" in options:
+        settings["fallback"] = options["fallback"]
+    if "accept" in options:
+        settings["synthetic_acceptance"] = _number(name, options["accept"], float)
+    return SSD(draft=draft, **settings)
 
 
 def _number[T: (int, float)](name: str, value: str, kind: type[T]) -> T:

@@ -22,7 +22,15 @@ from bench.methods import DEFAULT_METHODS, BenchMethod, parse_method
 from bench.record import environment, write_record
 from bench.timing import Timing, median_timing, time_host, time_parts
 from bench.workloads import Workload, WorkloadName, own_workload, read_workload, repeated_share
-from ssd_jax import Completion, Model, SamplingParams, generate, load_model
+from ssd_jax import (
+    Completion,
+    Model,
+    SamplingParams,
+    generate,
+    load_model,
+    place_model,
+    split_cpu,
+)
 from ssd_jax.cli.environment import use_compilation_cache
 from ssd_jax.errors import RequestError, SsdJaxError
 from ssd_jax.model import demo_folder
@@ -91,6 +99,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--temperature", type=float, help="instead of the workload's own")
     parser.add_argument("--batch", type=int, default=1, help="prompts decoded together (1)")
     parser.add_argument("--rounds", type=int, default=3, help="times each batch is timed (3)")
+    parser.add_argument(
+        "--split", action="store_true", help="one core for the target, one for the draft of ssd"
+    )
     parser.add_argument("--host", action="store_true", help="also: time that the host takes")
     parser.add_argument("--out", type=Path, help="file for the record (stdout)")
     return parser.parse_args()
@@ -102,13 +113,15 @@ def run(args: argparse.Namespace) -> dict[str, object]:
         if getattr(args, option) < 1:
             flag = "--" + option.replace("_", "-")
             raise RequestError(f"{flag} must be at least 1, got {getattr(args, option)}.")
+    draft_device = split_cpu()[1] if args.split else None
     workload = read_workload(args.prompts) if args.prompts else own_workload(args.workload)
     if args.temperature is not None:
         workload = dataclasses.replace(workload, temperature=args.temperature)
     target = load_model(args.model)
     draft = load_model(args.draft_model or demo_folder("draft"))
     names = list(dict.fromkeys(["ar", *args.methods]))
-    methods = [parse_method(name, draft) for name in names]
+    ssd_draft = place_model(draft, draft_device) if draft_device else draft
+    methods = [parse_method(name, draft, ssd_draft) for name in names]
     prompts, num_dropped = screen(target, workload, args.num_prompts, args.max_tokens)
     batches = [tuple(prompts[i : i + args.batch]) for i in range(0, len(prompts), args.batch)]
     batches = [batch for batch in batches if len(batch) == args.batch]
@@ -282,7 +295,21 @@ def speculation_figures(samples: Sequence[Sample], num_tokens: int) -> dict[str,
             "acceptance_rate": accepted / drafted if drafted else None,
             "accepted_per_draft": accepted / drafts if drafts else None,
         }
-    return {"tokens_per_target_step": num_tokens / steps, "drafters": drafters}
+    lookups = [one.lookups for one in counts if one.lookups is not None]
+    figures = {"tokens_per_target_step": num_tokens / steps, "drafters": drafters}
+    if not lookups:
+        return figures
+    hits, looked_up = (
+        [sum(pair) for pair in zip(*(getattr(one, name) for one in lookups), strict=True)]
+        for name in ("hits", "lookups")
+    )
+    return {
+        **figures,
+        "hit_rate": sum(hits) / max(1, sum(looked_up)),
+        "hit_rate_after_miss_and_hit": [
+            hit / max(1, number) for hit, number in zip(hits, looked_up, strict=True)
+        ],
+    }
 
 
 def host_figures(samples: Sequence[Sample]) -> dict[str, object]:

@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 
 import jax
 
-from ssd_jax import Model, SamplingParams, Speculation, generate, stream
-from ssd_jax.engine.batch import make_batch, make_requests
-from ssd_jax.engine.method import autoregressive, speculative
+from ssd_jax import SSD, Model, SamplingParams, Speculation, generate, stream
+from ssd_jax.engine.batch import make_requests
+from ssd_jax.generation import choose_method
 
 Prompts = Sequence[Sequence[int]]
 
@@ -49,15 +49,11 @@ def time_parts(
     model: Model,
     prompts: Prompts,
     params: Sequence[SamplingParams],
-    speculation: Speculation | None,
+    speculation: Speculation | SSD | None,
 ) -> Timing:
     """Seconds of one run whose programs are compiled already."""
     requests = make_requests(model, prompts, params)
-    if speculation is None:
-        method, batch = autoregressive(model), make_batch(model, requests)
-    else:
-        method = speculative(model, speculation)
-        batch = make_batch(model, requests, speculation.longest_draft, speculation.draft)
+    method, batch = choose_method(model, requests, speculation)
     started = time.perf_counter()
     state = jax.block_until_ready(method.prefill(batch))
     prefilled, prefilled_cpu = time.perf_counter(), time.process_time()
@@ -78,7 +74,7 @@ def time_host(
     model: Model,
     prompts: Prompts,
     params: Sequence[SamplingParams],
-    speculation: Speculation | None,
+    speculation: Speculation | SSD | None,
 ) -> tuple[float, float]:
     """Seconds of `generate` (one dispatch) and of `stream` (text every few tokens), in turn."""
     return (

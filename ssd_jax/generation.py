@@ -12,8 +12,8 @@ import jax
 import numpy as np
 
 from ssd_jax.decoding.finish import Finish
-from ssd_jax.engine.batch import Request, make_batch, make_requests
-from ssd_jax.engine.method import autoregressive, speculative
+from ssd_jax.engine.batch import Batch, Request, make_batch, make_requests
+from ssd_jax.engine.method import Method, autoregressive, speculative
 from ssd_jax.engine.speculation import Speculation, check_options, check_pair
 from ssd_jax.engine.ssd import SSD, speculative_speculative
 from ssd_jax.model import Model
@@ -192,6 +192,25 @@ def stream(
     return _run(model, requests, speculation, STEPS_BETWEEN_LOOKS)
 
 
+def choose_method(
+    model: Model, requests: Sequence[Request], speculation: Speculation | SSD | None
+) -> tuple[Method, Batch]:
+    """How the requests will be decoded, and the requests as its batch.
+
+    Raises:
+        ConfigError, RequestError, MemoryBudgetError: what does not go together, in words.
+    """
+    if speculation is None:
+        return autoregressive(model), make_batch(model, requests)
+    if speculation.draft is not None:
+        check_pair(model, speculation.draft)
+    check_options(speculation.verification, [request.params for request in requests])
+    batch = make_batch(model, requests, speculation.longest_draft, speculation.draft)
+    if isinstance(speculation, SSD):
+        return speculative_speculative(model, speculation), batch
+    return speculative(model, speculation), batch
+
+
 def _run(
     model: Model,
     requests: Sequence[Request],
@@ -199,18 +218,8 @@ def _run(
     steps_between_looks: int | None,
 ) -> Iterator[Delta]:
     """Decode the requests, looking at the tokens after the first step and then every so many."""
-    if speculation is None:
-        method, batch, drafters = autoregressive(model), make_batch(model, requests), ()
-    else:
-        if speculation.draft is not None:
-            check_pair(model, speculation.draft)
-        check_options(speculation.verification, [request.params for request in requests])
-        if isinstance(speculation, SSD):
-            method = speculative_speculative(model, speculation)
-        else:
-            method = speculative(model, speculation)
-        drafters = speculation.names
-        batch = make_batch(model, requests, speculation.longest_draft, speculation.draft)
+    method, batch = choose_method(model, requests, speculation)
+    drafters = () if speculation is None else speculation.names
     rows = [_Row(model, index, request, drafters) for index, request in enumerate(requests)]
     state = method.prefill(batch)
     num_steps = 1 if steps_between_looks else batch.max_steps
