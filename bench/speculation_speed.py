@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import get_args
 
 from bench.methods import DEFAULT_METHODS, BenchMethod, parse_method
+from bench.padding import add_idle_layers
 from bench.record import environment, write_record
 from bench.timing import Timing, median_timing, time_host, time_parts
 from bench.workloads import Workload, WorkloadName, own_workload, read_workload, repeated_share
@@ -102,6 +103,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--split", action="store_true", help="one core for the target, one for the draft of ssd"
     )
+    parser.add_argument(
+        "--idle-layers",
+        type=int,
+        nargs=2,
+        default=(0, 0),
+        metavar=("T", "D"),
+        help="layers that change nothing, added to target and draft: other costs, same agreement",
+    )
     parser.add_argument("--host", action="store_true", help="also: time that the host takes")
     parser.add_argument("--out", type=Path, help="file for the record (stdout)")
     return parser.parse_args()
@@ -119,6 +128,8 @@ def run(args: argparse.Namespace) -> dict[str, object]:
         workload = dataclasses.replace(workload, temperature=args.temperature)
     target = load_model(args.model)
     draft = load_model(args.draft_model or demo_folder("draft"))
+    target = add_idle_layers(target, args.idle_layers[0])
+    draft = add_idle_layers(draft, args.idle_layers[1])
     names = list(dict.fromkeys(["ar", *args.methods]))
     ssd_draft = place_model(draft, draft_device) if draft_device else draft
     methods = [parse_method(name, draft, ssd_draft) for name in names]
@@ -149,6 +160,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
             "temperature": workload.temperature,
             "max_tokens": args.max_tokens,
         },
+        "idle_layers_of_target_and_draft": list(args.idle_layers),
         "batch": args.batch,
         "rounds": args.rounds,
         "methods": {
