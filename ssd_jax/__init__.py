@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ssd_jax.model import Model as Model
     from ssd_jax.model import load_model as load_model
     from ssd_jax.placement import place_model as place_model
+    from ssd_jax.placement import repeat_model as repeat_model
     from ssd_jax.placement import shard_model as shard_model
     from ssd_jax.sampling_params import SamplingParams as SamplingParams
 
@@ -34,6 +35,7 @@ _HOMES = {
     "FanOut": "fan_out",
     "SSD": "engine.ssd",
     "place_model": "placement",
+    "repeat_model": "placement",
     "shard_model": "placement",
     "split_cpu": "cpu_clients",
     "SamplingParams": "sampling_params",

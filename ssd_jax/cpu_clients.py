@@ -64,6 +64,8 @@ def split_cpu(num_draft_cores: int = 1) -> tuple[jax.Device, jax.Device]:
         with _only_cores(draft_cores):
             return xla_bridge.make_cpu_client()
 
+    if jax.config.jax_platforms:  # where some are named, JAX makes clients of no others
+        jax.config.update("jax_platforms", f"{jax.config.jax_platforms},{_NAME}")
     xla_bridge.register_backend_factory(_NAME, make_draft_client, priority=-100, fail_quietly=False)
     with _only_cores(target_cores):  # JAX makes all clients at the first use of any
         devices = jax.devices("cpu")[0], jax.devices(_NAME)[0]

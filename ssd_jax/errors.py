@@ -24,3 +24,7 @@ class RequestError(SsdJaxError):
 
 class MemoryBudgetError(SsdJaxError):
     """A request that would not fit the device's memory, refused before anything is allocated."""
+
+
+class DeviceError(SsdJaxError):
+    """A program that failed on its device while it was running."""

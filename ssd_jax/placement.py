@@ -1,11 +1,12 @@
 """Which model runs where: a model runs on the devices that hold its weights.
 
-`place_model` puts one on a device, `shard_model` spreads one over a mesh (tensor parallel). States
-and options follow the weights.
+`place_model` puts one on a device, `shard_model` spreads one over several (tensor parallel),
+`repeat_model` repeats a draft on several, which then divide its branches. States and options follow
+the weights.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, cast
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
@@ -15,12 +16,27 @@ from ssd_jax.model import Model, transpose_output
 from ssd_jax.types import DecodeState, LayerParams
 
 MODEL_AXIS = "model"
+BRANCH_AXIS = "branch"
 
 
 def place_model(model: Model, device: jax.Device) -> Model:
     """The model with its weights on one device."""
     params = transpose_output(model.params) if device.platform == "cpu" else model.params
     return dataclasses.replace(model, params=jax.device_put(params, device))
+
+
+def repeat_model(model: Model, devices: list[jax.Device]) -> Model:
+    """The model with whole weights on each device, for a draft whose branches they divide."""
+    whole = NamedSharding(Mesh(devices, (BRANCH_AXIS,)), PartitionSpec())
+    return dataclasses.replace(model, params=jax.device_put(model.params, whole))
+
+
+def branch_mesh(draft: Model) -> Mesh | None:
+    """The devices over which `repeat_model` repeated a draft, None if it did not."""
+    sharding = draft.params.embedding.sharding
+    if isinstance(sharding, NamedSharding) and sharding.mesh.axis_names == (BRANCH_AXIS,):
+        return cast("Mesh", sharding.mesh)
+    return None
 
 
 def spare_device(model: Model) -> jax.Device:
@@ -67,7 +83,7 @@ def place_state(state: DecodeState, model: Model) -> DecodeState:
     """A state on the model's devices, its cache divided as the heads are."""
     small = home(model)
     cache = small
-    if isinstance(small, NamedSharding):
+    if isinstance(small, NamedSharding) and MODEL_AXIS in small.mesh.axis_names:
         cache = NamedSharding(small.mesh, PartitionSpec(None, MODEL_AXIS))
     shardings = jax.tree.map(lambda _: small, state)
     heads = jax.tree.map(lambda _: cache, (state.cache.keys, state.cache.values))

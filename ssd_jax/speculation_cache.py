@@ -42,7 +42,11 @@ def look_up(
 
 
 def guess_outcomes(
-    fan_out: FanOut, scores: Float[Array, "B J+1 V"], draft: Draft, after_hit: Bool[Array, "B"]
+    fan_out: FanOut,
+    num_branches: int,
+    scores: Float[Array, "B J+1 V"],
+    draft: Draft,
+    after_hit: Bool[Array, "B"],
 ) -> tuple[Int[Array, "B R"], Int[Array, "B R"]]:
     """The outcomes to prepare for: accepted tokens (or NO_OUTCOME) and bonus token of each branch.
 
@@ -54,8 +58,8 @@ def guess_outcomes(
     vocabulary = jnp.arange(scores.shape[-1], dtype=jnp.int32)
     impossible = (offsets < draft.count[:, None])[..., None] & (vocabulary == padded[..., None])
     _, guesses = jax.lax.top_k(jnp.where(impossible, -jnp.inf, scores), fan_out.most_guesses)
-    hit_layout = branch_layout(fan_out.after_hit, fan_out.num_branches)
-    miss_layout = branch_layout(fan_out.after_miss, fan_out.num_branches)
+    hit_layout = branch_layout(fan_out.after_hit, num_branches)
+    miss_layout = branch_layout(fan_out.after_miss, num_branches)
     depth, rank = (
         jnp.where(after_hit[:, None], jnp.asarray(hit), jnp.asarray(miss))
         for hit, miss in zip(hit_layout, miss_layout, strict=True)

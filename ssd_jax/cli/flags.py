@@ -15,12 +15,12 @@ AUTO = "auto"
 
 def add_shared_flags(parser: argparse.ArgumentParser) -> None:
     """Declare the flags on model, sampling, output and device."""
-    _add_model_flags(parser.add_argument_group("model"))
+    add_model_flags(parser.add_argument_group("model"))
     _add_speculation_flags(parser.add_argument_group("speculation"))
-    _add_sampling_flags(parser.add_argument_group("sampling"))
+    add_sampling_flags(parser.add_argument_group("sampling"))
     _add_ending_flags(parser.add_argument_group("end of the output"))
     _add_output_flags(parser.add_argument_group("what is printed"))
-    _add_device_flags(parser.add_argument_group("device"))
+    add_device_flags(parser.add_argument_group("device"))
 
 
 def sampling_params(args: argparse.Namespace, room: int) -> SamplingParams:
@@ -49,7 +49,8 @@ def sampling_params(args: argparse.Namespace, room: int) -> SamplingParams:
     )
 
 
-def _add_model_flags(group: argparse._ArgumentGroup) -> None:
+def add_model_flags(group: argparse._ArgumentGroup) -> None:
+    """Declare which target, and in which precision."""
     group.add_argument(
         "--model",
         metavar="DIR",
@@ -148,6 +149,12 @@ def _add_speculation_flags(group: argparse._ArgumentGroup) -> None:
         "it where the target is (default: auto)",
     )
     group.add_argument(
+        "--tuned",
+        metavar="FILE",
+        help="ssd: take draft-len, fan-out, fallback and miss-weight from a file that `ssd-jax "
+        "tune` wrote; flags given beside it win",
+    )
+    group.add_argument(
         "--synthetic-acceptance",
         type=number,
         metavar="RATE",
@@ -156,7 +163,9 @@ def _add_speculation_flags(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def _add_sampling_flags(group: argparse._ArgumentGroup) -> None:
+def add_sampling_flags(group: argparse._ArgumentGroup) -> None:
+    """Declare how tokens are chosen."""
+
     def add(flag: str, convert: Callable[[str], float], metavar: str, text: str) -> None:
         name = flag.removeprefix("--").replace("-", "_")
         default = getattr(SamplingParams(), name)
@@ -237,7 +246,8 @@ def _add_output_flags(group: argparse._ArgumentGroup) -> None:
     _add_switch(group, "--quiet", "no statistics on stderr", default=False)
 
 
-def _add_device_flags(group: argparse._ArgumentGroup) -> None:
+def add_device_flags(group: argparse._ArgumentGroup) -> None:
+    """Declare where compiled programs are kept."""
     group.add_argument(
         "--compilation-cache",
         metavar="DIR",

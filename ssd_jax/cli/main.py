@@ -19,6 +19,7 @@ from ssd_jax.errors import SsdJaxError
 _COMMANDS = {
     "generate": "text that continues a prompt",
     "chat": "a conversation with a model that has a chat template",
+    "tune": "options of speculative speculative decoding, chosen by measuring on this machine",
     "convert": "a Hugging Face checkpoint into the project's own format",
     "inspect": "what a checkpoint folder holds",
     "doctor": "devices, versions, memory, caches and kernels of this machine",

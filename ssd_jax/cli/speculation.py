@@ -3,6 +3,8 @@
 import argparse
 import dataclasses
 import sys
+from pathlib import Path
+from typing import Any
 
 from ssd_jax.cli.flags import AUTO
 from ssd_jax.cpu_clients import draft_cpu
@@ -15,10 +17,11 @@ from ssd_jax.fan_out import FanOut
 from ssd_jax.model import Model, demo_folder, load_model
 from ssd_jax.placement import place_model, spare_device
 from ssd_jax.sampling_params import SamplingParams
+from ssd_jax.tuning.tuned_file import Tuned, read_tuned
 
 MOST_AUTO = 8  # most tokens that a draft model proposes with --draft-len auto
 METHODS_WITH_MODEL = ("draft", "combined", "ssd")
-_SSD_FLAGS = ("fan_out", "fan_out_after_miss", "fallback", "miss_weight")
+_SSD_FLAGS = ("fan_out", "fan_out_after_miss", "fallback", "miss_weight", "tuned")
 
 
 def open_speculation(
@@ -46,7 +49,7 @@ def open_speculation(
         if draft_len is not None and method == "ngram" and not auto:
             ngram = dataclasses.replace(ngram, max_draft=draft_len)
     if method in METHODS_WITH_MODEL:
-        draft = _load_draft(args, model, method)
+        draft = load_draft(args, model, method)
     speculation = Speculation(
         draft=draft,
         ngram=ngram,
@@ -64,23 +67,73 @@ def open_speculation(
 
 
 def _open_ssd(args: argparse.Namespace, model: Model) -> SSD:
-    """Options of speculative speculative decoding, the draft on a device of its own if any."""
-    draft = _load_draft(args, model, "ssd")
-    if args.draft_device == "auto":
-        draft = place_model(draft, draft_cpu() or spare_device(model))
+    """Options of speculative speculative decoding, the draft on a device of its own if any.
+
+    Those of a tuned file come first, and flags over them. Its fan-out is for its draft_len: with
+    another one the default fan-out is back.
+    """
+    tuned = read_tuned(Path(args.tuned)) if args.tuned else None
+    draft = place_draft(args, model, load_draft(args, model, "ssd"))
     draft_len = DEFAULT_DRAFT_LEN if args.draft_len is None else args.draft_len
-    options = {"fan_out": args.fan_out, "miss_weight": args.miss_weight, "fallback": args.fallback}
-    given = {name: value for name, value in options.items() if value is not None}
-    if args.fan_out_after_miss is not None:
-        after_hit = SSD(draft=draft, draft_len=draft_len, **given).speculator.fan_out.after_hit
-        given["fan_out"] = FanOut(after_hit=after_hit, after_miss=args.fan_out_after_miss)
-    return SSD(
+    options: dict[str, Any] = {}
+    if tuned is not None:
+        setting = tuned.choice.setting
+        options = {"fallback": setting.fallback, "miss_weight": setting.miss_weight}
+        if args.draft_len is None or args.draft_len == setting.draft_len:
+            draft_len, options["fan_out"] = setting.draft_len, setting.fan_out
+        if setting.miss_weight != 1 and args.miss_weight is None:
+            _check_tuned_verification(args, tuned)
+    given = {"fan_out": args.fan_out, "miss_weight": args.miss_weight, "fallback": args.fallback}
+    options |= {name: value for name, value in given.items() if value is not None}
+    ssd = SSD(
         draft=draft,
         draft_len=draft_len,
         ngram=NgramConfig(kind=args.ngram_kind, n=args.ngram_n),
         verification=args.verification,
         synthetic_acceptance=args.synthetic_acceptance,
-        **given,
+        **options,
+    )
+    if args.fan_out_after_miss is not None:
+        after_hit = ssd.speculator.fan_out.after_hit
+        after_miss = args.fan_out_after_miss
+        ssd = dataclasses.replace(ssd, fan_out=FanOut(after_hit=after_hit, after_miss=after_miss))
+    if tuned is not None and not args.quiet:
+        _warn_of_waiting(ssd, tuned)
+    return ssd
+
+
+def place_draft(args: argparse.Namespace, model: Model, draft: Model) -> Model:
+    """The draft on the device that the arguments ask for."""
+    if args.draft_device == "auto":
+        return place_model(draft, draft_cpu() or spare_device(model))
+    return draft
+
+
+def _check_tuned_verification(args: argparse.Namespace, tuned: Tuned) -> None:
+    if args.verification != tuned.measured.verification:
+        raise RequestError(
+            f"{args.tuned} has miss_weight {tuned.choice.miss_weight}, which is for --verification "
+            f"{tuned.measured.verification}, got {args.verification}: give that flag as well, or "
+            "--miss-weight 1."
+        )
+
+
+def _warn_of_waiting(ssd: SSD, tuned: Tuned) -> None:
+    """Say on stderr when, by the tuned file's times, the target would wait for the draft."""
+    times, num_branches = tuned.times, ssd.speculator.fan_out.num_branches
+    if ssd.draft_len > times.longest_draft:
+        return
+    verify_s = times.verify_s[ssd.draft_len]
+    prepare_s = times.prepare(ssd.draft_len, num_branches)
+    if prepare_s <= verify_s:
+        return
+    fits = times.budget(ssd.draft_len)
+    remedy = f"{fits} would fit" if fits else "a shorter draft takes less"
+    print(
+        f"ssd-jax: warning: the draft sets the pace: preparing {num_branches} outcomes of "
+        f"{ssd.draft_len} tokens takes {prepare_s * 1e3:.2f} ms and verifying "
+        f"{verify_s * 1e3:.2f} ms (by the times in the tuned file); {remedy}.",
+        file=sys.stderr,
     )
 
 
@@ -105,7 +158,13 @@ def _refuse_unused(args: argparse.Namespace, method: str) -> None:
     refuse(method == "ssd" and args.draft_len == AUTO, "--draft-len auto", "takes a number")
 
 
-def _load_draft(args: argparse.Namespace, model: Model, method: str) -> Model:
+def load_draft(args: argparse.Namespace, model: Model, method: str) -> Model:
+    """The draft model that the arguments name, on the default device.
+
+    Raises:
+        RequestError: a model of one's own without a draft of one's own.
+        ConfigError: target and draft do not go together.
+    """
     if args.model and not args.draft_model:
         raise RequestError(f"--method {method} needs --draft-model for a model of your own.")
     draft = load_model(args.draft_model or demo_folder("draft"), args.dtype)

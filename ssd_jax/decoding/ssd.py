@@ -22,6 +22,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, PyTree
 
 from ssd_jax.config import ModelConfig
@@ -60,6 +61,7 @@ class Speculator:
 
     `fallback` says who drafts where an outcome was not prepared: the draft model while the target
     waits, or n-grams at once. `miss_weight` is the C of Saguaro sampling, 1 for ordinary sampling.
+    `mesh` holds several draft devices over which the branches are divided, each with whole weights.
     """
 
     config: ModelConfig
@@ -69,6 +71,13 @@ class Speculator:
     fallback: Fallback
     ngram: NgramConfig | None
     miss_weight: float
+    mesh: Mesh | None = None
+
+    @property
+    def num_branches(self) -> int:
+        """Branches of a tree: the fan-out's, filled up to equal parts for the draft's devices."""
+        parts = 1 if self.mesh is None else self.mesh.size
+        return -(-self.fan_out.num_branches // parts) * parts
 
 
 @functools.partial(jax.jit, static_argnames="speculator", donate_argnames="state")
@@ -78,7 +87,7 @@ def propose(
     sampling: Sampling,
     state: SpeculatorState,
     outcome: Int[Array, "B 3"],
-) -> tuple[SpeculatorState, Int[Array, "B J+2"], Float[Array, "B J V"] | None]:
+) -> tuple[SpeculatorState, Int[Array, "B _"], Float[Array, "B J V"] | None]:
     """The draft for the outcome of the last one (tokens, count, whether prepared), and its law."""
     verdict = Verdict(num_accepted=outcome[:, 0], bonus_token=outcome[:, 1])
     before = state.text
@@ -172,7 +181,7 @@ def verify_draft(
     sampling: Sampling,
     state: DecodeState,
     stats: SpeculationStats,
-    message: Int[Array, "B J+2"],
+    message: Int[Array, "B _"],
     law: Float[Array, "B J V"] | None,
     synthetic_acceptance: Float[Array, ""] | None = None,
     *,
@@ -207,22 +216,24 @@ def prepare(
     inputs = jnp.concatenate([last_token, draft.tokens], axis=1)
     hidden, trunk = forward(config, params, inputs, text.cache, last)
     vocab_size = text.output_counts.shape[-1]
-    logits = match_vocabulary(compute_logits(params, hidden), vocab_size)
+    logits = _logits(params, hidden, vocab_size)
     counts = counts_along_draft(text.output_counts, draft.tokens)
     rejection = speculator.verification == "rejection"
     scores = _over_branches(
-        functools.partial(guess_scores, purpose=Purpose.BONUS if rejection else Purpose.TOKEN),
+        guess_scores,
         sampling,
         logits,
         counts,
         text.lengths[:, None] + jnp.arange(inputs.shape[1], dtype=jnp.int32),
     )
-    depth, bonus_token = guess_outcomes(speculator.fan_out, scores, draft, state.was_hit)
+    depth, bonus_token = guess_outcomes(
+        speculator.fan_out, speculator.num_branches, scores, draft, state.was_hit
+    )
+    bonus_token = _divide(speculator, bonus_token, axis=1)
     grown = jnp.maximum(depth, 0)  # branches for no outcome grow as well, and are never found
     trunk_lengths = text.lengths[:, None] + grown
     rows = jnp.arange(len(last), dtype=jnp.int32)[:, None]
-    branch_counts = add_token(counts[rows, grown], bonus_token)
-    num_branches, draft_len = depth.shape[1], speculator.draft_len
+    branch_counts = _divide(speculator, add_token(counts[rows, grown], bonus_token), axis=1)
 
     def step(
         carry: tuple[Array, Array, BranchCache], index: Array
@@ -231,7 +242,7 @@ def prepare(
         hidden, branches = forward_branches(
             config, params, tokens, trunk, trunk_lengths, branches, index
         )
-        logits = match_vocabulary(compute_logits(params, hidden), vocab_size)
+        logits = _logits(params, hidden, vocab_size)
         laws = over_positions(warp, logits, counts, sampling=sampling)
         if rejection:
             reshape = functools.partial(
@@ -247,8 +258,11 @@ def prepare(
         )
         return (tokens, add_token(counts, tokens), branches), (tokens, laws if rejection else None)
 
-    branches = init_branches(config, len(last), draft_len, num_branches, trunk.keys[0].dtype)
-    steps = jnp.arange(draft_len, dtype=jnp.int32)
+    branches = init_branches(
+        config, len(last), speculator.draft_len, speculator.num_branches, trunk.keys[0].dtype
+    )
+    branches = jax.tree.map(functools.partial(_divide, speculator, axis=3), branches)
+    steps = jnp.arange(speculator.draft_len, dtype=jnp.int32)
     _, (tokens, laws) = jax.lax.scan(step, (bonus_token, branch_counts, branches), steps)
     prepared = PreparedDrafts(
         num_accepted=depth,
@@ -256,6 +270,7 @@ def prepare(
         tokens=jnp.moveaxis(tokens, 0, 2),
         law=None if laws is None else jnp.moveaxis(laws, 0, 2),
     )
+    prepared = jax.tree.map(functools.partial(_divide, speculator, axis=None), prepared)
     return dataclasses.replace(
         state, text=dataclasses.replace(text, cache=trunk), prepared=prepared
     )
@@ -290,6 +305,15 @@ def add_lookup(
     )
 
 
+def _divide(speculator: Speculator, values: Array, *, axis: int | None) -> Array:
+    """The values with an axis of branches divided over the draft's devices; None: whole on each."""
+    if speculator.mesh is None:
+        return values
+    (name,) = speculator.mesh.axis_names
+    spec = PartitionSpec(*(name if i == axis else None for i in range(values.ndim)))
+    return jax.lax.with_sharding_constraint(values, NamedSharding(speculator.mesh, spec))
+
+
 def _reshape_law(
     speculator: Speculator,
     sampling: Sampling,
@@ -301,6 +325,14 @@ def _reshape_law(
     if speculator.miss_weight == 1 or speculator.verification != "rejection":
         return law
     return favour_misses(law, guesses, position, speculator.miss_weight, sampling)
+
+
+def _logits(
+    params: ModelParams, hidden: Float[Array, "B R D"], vocab_size: int
+) -> Float[Array, "B R V"]:
+    """Draft logits of every branch over the target's ids."""
+    match = functools.partial(match_vocabulary, vocab_size=vocab_size)
+    return jax.vmap(match, in_axes=1, out_axes=1)(compute_logits(params, hidden))
 
 
 def _over_branches(

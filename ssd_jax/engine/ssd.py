@@ -1,10 +1,13 @@
 """Speculative speculative decoding as the host sees it: its options, and dispatching its rounds."""
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 from jaxtyping import Array, Float, Int
 
 from ssd_jax.decoding.emission import stop_rows
@@ -21,7 +24,7 @@ from ssd_jax.drafting.ngram import NgramConfig
 from ssd_jax.engine.batch import Batch
 from ssd_jax.engine.method import Method, learn_prompts, no_stats, prefill_target, read_prompts
 from ssd_jax.engine.speculation import check_draft_len, check_verification
-from ssd_jax.errors import RequestError
+from ssd_jax.errors import DeviceError, RequestError
 from ssd_jax.fan_out import FanOut, uniform_fan_out
 from ssd_jax.model import Model
 from ssd_jax.placement import home
@@ -117,11 +120,11 @@ class SSD:
             verification=self.verification,
             fallback=self.fallback,
             ngram=self.ngram if self.fallback == "ngram" else None,
-            miss_weight=self.miss_weight,
+            miss_weight=float(self.miss_weight),
         )
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+@struct.dataclass
 class Run:
     """A batch in the middle of SSD: both devices' states, and the outcome on its way.
 
@@ -138,8 +141,17 @@ class Run:
 
 
 def speculative_speculative(model: Model, ssd: SSD) -> Method:
-    """Rounds dispatched one after the other, none of them waited for."""
+    """Rounds dispatched one after the other, none of them waited for.
+
+    Raises:
+        RequestError: more guesses than there are tokens.
+    """
     speculator, draft = ssd.speculator, ssd.draft
+    if speculator.fan_out.most_guesses > model.config.vocab_size:
+        raise RequestError(
+            f"A fan-out guesses at most as many tokens as the vocabulary has "
+            f"({model.config.vocab_size}), got {speculator.fan_out.most_guesses}: lower it."
+        )
     target_home, draft_home = home(model), home(draft)
     rate = ssd.synthetic_acceptance
     acceptance = None if rate is None else jax.device_put(np.float32(rate), target_home)
@@ -157,16 +169,20 @@ def speculative_speculative(model: Model, ssd: SSD) -> Method:
         )
 
     def advance(batch: Batch, run: Run, rounds: int) -> Run:
-        for _ in range(rounds):
-            if run.last_outcome is not None and np.all(jax.device_get(run.last_outcome)[:, 2]):
-                break
-            run = play_round(run)
+        with _naming("A program of the target or the draft"):
+            for _ in range(rounds):
+                if run.last_outcome is not None and np.all(jax.device_get(run.last_outcome)[:, 2]):
+                    break
+                run = play_round(run)
+            # Whatever fails on a device is noticed here, not where the caller reads the text.
+            jax.block_until_ready((run.target.tokens, run.speculator.stats))
         return run
 
     def play_round(run: Run) -> Run:
-        state, message, law = propose(
-            speculator, draft.params, run.draft_sampling, run.speculator, run.outcome
-        )
+        with _naming("The draft's program (propose)"):
+            state, message, law = propose(
+                speculator, draft.params, run.draft_sampling, run.speculator, run.outcome
+            )
         message = jax.device_put(message, target_home)
         law = None if law is None else jax.device_put(law, target_home)
         target, stats, outcome = verify_draft(
@@ -180,7 +196,8 @@ def speculative_speculative(model: Model, ssd: SSD) -> Method:
             acceptance,
             verification=ssd.verification,
         )
-        state = prepare(speculator, draft.params, run.draft_sampling, state)
+        with _naming("The draft's program (prepare)"):
+            state = prepare(speculator, draft.params, run.draft_sampling, state)
         return dataclasses.replace(
             run,
             target=target,
@@ -206,6 +223,18 @@ def speculative_speculative(model: Model, ssd: SSD) -> Method:
     )
 
 
+@contextlib.contextmanager
+def _naming(program: str) -> Iterator[None]:
+    """Failures of the device inside are told as those of this program."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        raise DeviceError(
+            f"{program} should have run to its end, but its device reported: {error}. Start the "
+            "request again, with the draft on another device or without speculation if it recurs."
+        ) from error
+
+
 def _opening(batch: Batch) -> np.ndarray:
     """An outcome that emits nothing, from which the first round starts."""
     outcome = np.zeros((len(batch.lengths), 3), np.int32)
@@ -215,7 +244,7 @@ def _opening(batch: Batch) -> np.ndarray:
 
 def _read_prompts(model: Model, ssd: SSD, batch: Batch) -> SpeculatorState:
     """The draft device's state with the prompts read and nothing prepared."""
-    draft, fan_out = ssd.draft, ssd.speculator.fan_out
+    draft, num_branches = ssd.draft, ssd.speculator.num_branches
     num_rows, vocab_size = len(batch.lengths), model.config.vocab_size
     with_law = ssd.verification == "rejection"
     text = initial_state(
@@ -237,7 +266,7 @@ def _read_prompts(model: Model, ssd: SSD, batch: Batch) -> SpeculatorState:
     return SpeculatorState(
         text=text,
         prepared=no_prepared_drafts(
-            num_rows, fan_out.num_branches, ssd.draft_len, vocab_size, with_law=with_law
+            num_rows, num_branches, ssd.draft_len, vocab_size, with_law=with_law
         ),
         draft=Draft(
             tokens=jnp.zeros((num_rows, ssd.draft_len), jnp.int32),
@@ -250,7 +279,7 @@ def _read_prompts(model: Model, ssd: SSD, batch: Batch) -> SpeculatorState:
         stats=LookupStats(
             lookups=jnp.zeros((num_rows, 2), jnp.int32),
             hits=jnp.zeros((num_rows, 2), jnp.int32),
-            found_at=jnp.zeros((num_rows, 2, fan_out.num_branches), jnp.int32),
+            found_at=jnp.zeros((num_rows, 2, num_branches), jnp.int32),
             accepted=jnp.zeros((num_rows, 2, ssd.draft_len + 1), jnp.int32),
         ),
     )

@@ -1,0 +1,1 @@
+"""Rounds of speculative speculative decoding as they ran: recorded, summed up, drawn."""

@@ -1,0 +1,1 @@
+"""Choosing the options of speculative speculative decoding from measurements on this machine."""

@@ -1,0 +1,215 @@
+"""The TOML file that `ssd-jax tune` writes and `generate` reads."""
+
+import dataclasses
+import json
+import tomllib
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+from ssd_jax.decoding.ssd import Fallback
+from ssd_jax.engine.speculation import check_draft_len
+from ssd_jax.errors import ConfigError, RequestError, SsdJaxError
+from ssd_jax.fan_out import FanOut
+from ssd_jax.tuning.speed import Setting, Times
+from ssd_jax.verification import Verification
+from ssd_jax.whole_file import write_whole
+
+SCHEMA = 1
+_HEAD = """\
+# Options of speculative speculative decoding, chosen from measurements by `ssd-jax tune`.
+# Read by `ssd-jax generate --method ssd --tuned FILE`; flags given beside it win.
+"""
+_COMMENTS = {
+    "choice": "What was chosen. Fan-out lists say how many bonus tokens are guessed for 0, 1, ...\n"
+    "# draft_len accepted tokens.",
+    "expected": "What that should reach, for one row of the batch; shares are from 0 to 1.\n"
+    "# From crossover_batch rows on the n-gram fallback is the faster one (inf: never).",
+    "times": "Seconds. verify_s: passes over 0, 1, 2, ... drafted tokens; lookup_s: until a "
+    "prepared\n# draft is there; neural_s: how much longer a fallback of k tokens by the draft "
+    "model takes,\n# [a, b] for a + b k; ngram_s: the same for n-grams; prepare_s: [a, b, c] for "
+    "preparing r\n# outcomes, a + k (b + c r).",
+    "outcomes": "How drafts of the most tokens tried came out, prepared ones (after_hit) and the\n"
+    "# fallback's (after_miss): how many had 0, 1, ... tokens accepted, and how often the bonus\n"
+    "# token was the first, second, ... guess.",
+    "measured": "Where and for what all this was measured; another machine, model or sampling\n"
+    "# needs a tuning of its own.",
+}
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """The options as the file has them; see `Setting`."""
+
+    draft_len: int
+    fan_out_after_hit: tuple[int, ...]
+    fan_out_after_miss: tuple[int, ...]
+    fallback: str
+    miss_weight: float
+
+    def __post_init__(self) -> None:
+        check_draft_len(self.draft_len)
+        fan_out = FanOut(after_hit=self.fan_out_after_hit, after_miss=self.fan_out_after_miss)
+        if len(fan_out.after_hit) != self.draft_len + 1:
+            raise RequestError(
+                f"The fan-out lists for draft_len {self.draft_len} should have "
+                f"{self.draft_len + 1} numbers, got {len(fan_out.after_hit)}."
+            )
+        if self.fallback not in get_args(Fallback):
+            raise RequestError(f"fallback must be neural or ngram, got {self.fallback!r}.")
+        if not 0 <= self.miss_weight <= 1:
+            raise RequestError(f"miss_weight must be from 0 to 1, got {self.miss_weight}.")
+
+    @property
+    def setting(self) -> Setting:
+        """The options as the rest of the package takes them."""
+        return Setting(
+            draft_len=self.draft_len,
+            fan_out=FanOut(after_hit=self.fan_out_after_hit, after_miss=self.fan_out_after_miss),
+            fallback="ngram" if self.fallback == "ngram" else "neural",
+            miss_weight=self.miss_weight,
+        )
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Expected:
+    """What the choice should reach, for one row."""
+
+    hit_rate: float
+    tokens_per_round: float
+    round_s: float
+    tokens_per_s: float
+    autoregressive_tokens_per_s: float
+    crossover_batch: float
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class OutcomeFigures:
+    """Outcome counts of the longest drafts."""
+
+    accepted_after_hit: tuple[int, ...]
+    accepted_after_miss: tuple[int, ...]
+    guesses_after_hit: tuple[int, ...]
+    guesses_after_miss: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """Where and for what a tuning was made."""
+
+    date: str
+    target: str
+    draft: str
+    target_devices: str
+    draft_devices: str
+    cpu_cores: int
+    jax: str
+    batch_size: int
+    verification: str
+    temperature: float
+    num_prompts: int
+
+    def __post_init__(self) -> None:
+        if self.verification not in get_args(Verification):
+            names = ", ".join(get_args(Verification))
+            raise RequestError(f"verification must be of {names}, got {self.verification!r}.")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Tuned:
+    """All that a tuned file says."""
+
+    choice: Choice
+    expected: Expected
+    times: Times
+    outcomes: OutcomeFigures
+    measured: Measured
+
+
+def write_tuned(path: Path, tuned: Tuned) -> None:
+    """Write the file, in one go.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    lines = [_HEAD + f"schema = {SCHEMA}"]
+    for table in dataclasses.fields(tuned):
+        lines += ["", f"# {_COMMENTS[table.name]}", f"[{table.name}]"]
+        values = dataclasses.asdict(getattr(tuned, table.name))
+        lines += [f"{name} = {_toml(value)}" for name, value in values.items()]
+    write_whole(path, ("\n".join(lines) + "\n").encode())
+
+
+def read_tuned(path: Path) -> Tuned:
+    """What a tuned file says.
+
+    Raises:
+        ConfigError: there is no such file, or it is not one that this version writes.
+    """
+    try:
+        content: dict[str, Any] = tomllib.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise ConfigError(
+            f"The tuned file {path} cannot be read ({error.strerror}): make one with `ssd-jax tune`"
+            f" --out {path}."
+        ) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"The tuned file {path} should be TOML, but it is not ({error}): make it anew with "
+            "`ssd-jax tune`."
+        ) from error
+    schema = content.pop("schema", None)
+    if schema != SCHEMA or isinstance(schema, bool):
+        raise ConfigError(
+            f"The tuned file {path} should have schema = {SCHEMA}, got {schema!r}: make it anew "
+            "with `ssd-jax tune`."
+        )
+    try:
+        _same_names(Tuned, content, "the file")
+        tables = {
+            field.name: _read_table(field.type, content[field.name], field.name)
+            for field in dataclasses.fields(Tuned)
+        }
+    except SsdJaxError as error:
+        raise ConfigError(
+            f"The tuned file {path} is not as `ssd-jax tune` writes it: {error} Mend it or make it "
+            "anew."
+        ) from error
+    return Tuned(**tables)
+
+
+def _toml(value: object) -> str:
+    """A value as TOML, whose numbers, lists and strings are JSON's but for infinity."""
+    text = json.dumps(value, ensure_ascii=False)
+    return {"Infinity": "inf"}.get(text, text.replace("\x7f", "\\u007f"))
+
+
+def _read_table(kind: Any, table: object, name: str) -> Any:  # noqa: ANN401 (one class a table)
+    if not isinstance(table, dict):
+        raise ConfigError(f"[{name}] should be a table, got {table!r}.")
+    _same_names(kind, table, f"[{name}]")
+    return kind(
+        **{
+            field.name: _convert(table[field.name], field.type, f"{name}.{field.name}")
+            for field in dataclasses.fields(kind)
+        }
+    )
+
+
+def _same_names(kind: Any, table: dict[str, Any], where: str) -> None:  # noqa: ANN401
+    wanted = {field.name for field in dataclasses.fields(kind)}
+    for problem, names in (("knows no", set(table) - wanted), ("lacks", wanted - set(table))):
+        if names:
+            raise ConfigError(f"{where} {problem} {', '.join(sorted(names))}.")
+
+
+def _convert(value: Any, kind: Any, name: str) -> Any:  # noqa: ANN401 (TOML's, and of that type)
+    """The value as its field has it: lists become tuples, whole numbers may stand for others."""
+    if get_origin(kind) is tuple:
+        members = [member for member in get_args(kind) if member is not Ellipsis]
+        if isinstance(value, list):
+            return tuple(_convert(entry, members[0], name) for entry in value)
+        raise ConfigError(f"{name} should be a list, got {value!r}.")
+    allowed = (int, float) if kind is float else kind
+    if not isinstance(value, allowed) or isinstance(value, bool):
+        raise ConfigError(f"{name} should be of type {kind.__name__}, got {value!r}.")
+    return kind(value)

@@ -1,0 +1,39 @@
+"""Writing files that are never half there."""
+
+import os
+import tempfile
+from pathlib import Path
+
+from ssd_jax.errors import ConfigError
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Put the content in a file, which is replaced in one go.
+
+    Raises:
+        ConfigError: the file cannot be written.
+    """
+    temporary = None
+    try:
+        with tempfile.NamedTemporaryFile(
+            dir=path.parent, prefix=f".{path.name}.", delete=False
+        ) as file:
+            temporary = Path(file.name)
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.chmod(0o666 & ~_umask())
+        temporary.replace(path)
+    except OSError as error:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+        raise ConfigError(
+            f"{path} cannot be written ({error.strerror}): name a file that can be."
+        ) from error
+
+
+def _umask() -> int:
+    """The process's mask for new files, which can only be read by setting it."""
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
