@@ -97,11 +97,10 @@ def project_output(
     config: ModelConfig, layer: LayerParams, attended: Float[Array, "B T N H"]
 ) -> Float[Array, "B T D"]:
     """What the attended values add to the residual stream."""
-    batch, num_tokens = attended.shape[:2]
-    attended = attended.reshape(
-        batch, num_tokens, config.num_kv_heads, config.queries_per_kv, config.head_dim
-    )
-    return project("btkgh,kghd->btd", attended, layer.output, layer.output_bias)
+    # Two dimensions only: over three contracted ones XLA rearranges the weights at every product.
+    rows = attended.reshape(*attended.shape[:2], -1)
+    weights = layer.output.reshape(-1, config.hidden_size)
+    return project("bti,id->btd", rows, weights, layer.output_bias)
 
 
 def mlp_block(
