@@ -84,7 +84,7 @@ def _add_speculation_flags(group: argparse._ArgumentGroup) -> None:
         type=_draft_len,
         metavar="N",
         help="most tokens drafted in a round, 1 to 64, of combined by the model (default: 4, for "
-        "ngram 16); auto measures what rounds cost and drafts as much as pays, or nothing",
+        "ngram 11); auto measures what rounds cost and drafts as much as pays, or nothing",
     )
     group.add_argument(
         "--ngram-kind",

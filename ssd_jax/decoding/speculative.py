@@ -130,7 +130,7 @@ def verify_widths(draft_len: int, *, may_decline: bool) -> tuple[int, ...]:
     """
     if not may_decline:
         return (draft_len + 1,)
-    return (*(width for width in (1, 5, 9, 17) if width <= draft_len), draft_len + 1)
+    return (*(width for width in (1, 4, 8, 16) if width <= draft_len), draft_len + 1)
 
 
 def draft_room(sampling: Sampling, target: DecodeState, drafter: Drafter) -> Int[Array, "P B"]:

@@ -42,7 +42,8 @@ class NgramConfig:
             that all rows share.
         n: tokens that must be equal, 1 to 64; None is 3 for simple and map, whose drafts are one
             copied passage, and 6 for mod, whose every token is looked up anew and unverified.
-        max_draft: most tokens in a draft, 1 to 64; a round verifies this many, drafted or not.
+        max_draft: most tokens in a draft, 1 to 64; a round verifies this many, drafted or not. 11
+            and the token before them make passes of 12: a CPU computes rows by fours.
         min_draft: shorter drafts are dropped. Concerns mod alone: the others draft `max_draft`
             tokens or none.
         min_hits: how often the continuation must have followed the context (map only).
@@ -51,7 +52,7 @@ class NgramConfig:
 
     kind: NgramKind = "simple"
     n: int | None = None
-    max_draft: int = 16
+    max_draft: int = 11
     min_draft: int = 1
     min_hits: int = 1
     table_size: int = 1 << 22

@@ -121,7 +121,7 @@ def test_draft_lengths_from_times_change_no_output(model, drafts, kind):
                     assert total.acceptance_rate == 1
 
 
-WIDTHS = [(9,), (1, 3, 9)]  # the usual ones are 1, 5, 9
+WIDTHS = [(9,), (1, 3, 9)]  # the usual ones are 1, 4, 8, 9
 
 
 @pytest.mark.parametrize("widths", WIDTHS)
