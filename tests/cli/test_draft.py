@@ -2,6 +2,8 @@ import json
 
 import pytest
 
+from ssd_jax.drafting.ngram import NgramConfig
+
 REPEATING = "the cat the cat the"
 
 
@@ -36,7 +38,8 @@ def test_combined_drafting_does_not_change_the_text_and_counts_apart(generate, d
     drafters = answer["speculation"]["drafters"]
     assert set(drafters) == {"ngram", "draft"}
     assert drafters["ngram"]["num_draft_tokens"] > 0
-    assert len(drafters["ngram"]["num_accepted_tokens_per_pos"]) == 16
+    per_pos = drafters["ngram"]["num_accepted_tokens_per_pos"]
+    assert len(per_pos) == NgramConfig().max_draft
 
 
 def test_statistics_say_how_much_was_accepted(draft):

@@ -5,6 +5,7 @@ import json
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny_models import tiny
 
 from bench.methods import parse_method
 from bench.record import write_record
@@ -16,6 +17,7 @@ from bench.workloads import (
     repeated_share,
 )
 from ssd_jax.errors import RequestError
+from ssd_jax.fan_out import FanOut
 
 tokens = st.lists(st.integers(0, 2), max_size=24)
 
@@ -127,12 +129,22 @@ def test_write_record_names_a_file_it_cannot_write(tmp_path):
 
 
 def test_parse_method_reads_options():
-    method = parse_method("ngram:kind=mod,n=5,max=9,min=2,accept=0.5", None)
+    method = parse_method("ngram:kind=mod,n=5,max=9,min=2,accept=0.5", None, None)
     ngram = method.speculation.ngram
     assert (ngram.kind, ngram.n, ngram.max_draft, ngram.min_draft) == ("mod", 5, 9, 2)
     assert method.speculation.synthetic_acceptance == 0.5
-    assert parse_method("wide:k=3", None).speculation.widths == (4,)
-    assert parse_method("ar", None).speculation is None
+    assert parse_method("wide:k=3", None, None).speculation.widths == (4,)
+    assert parse_method("ar", None, None).speculation is None
+
+
+def test_parse_method_reads_ssd():
+    draft = tiny("qwen3").model
+    method = parse_method("ssd:k=2,f=3-1-2,miss=4-1-1,fallback=ngram", None, draft)
+    assert method.speculation.speculator.fan_out == FanOut(
+        after_hit=(3, 1, 2), after_miss=(4, 1, 1)
+    )
+    assert (method.speculation.draft_len, method.speculation.fallback) == (2, "ngram")
+    assert parse_method("ssd:k=2,f=2", None, draft).speculation.fan_out.after_hit == (2, 2, 2)
 
 
 @pytest.mark.parametrize(
@@ -149,4 +161,4 @@ def test_parse_method_reads_options():
 )
 def test_parse_method_refuses_what_it_does_not_know(name, complaint):
     with pytest.raises(RequestError, match=complaint):
-        parse_method(name, None)
+        parse_method(name, None, None)
