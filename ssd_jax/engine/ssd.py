@@ -27,7 +27,7 @@ from ssd_jax.engine.speculation import check_draft_len, check_verification
 from ssd_jax.errors import DeviceError, RequestError
 from ssd_jax.fan_out import FanOut, uniform_fan_out
 from ssd_jax.model import Model
-from ssd_jax.placement import home
+from ssd_jax.placement import branch_mesh, home
 from ssd_jax.speculation_cache import no_prepared_drafts
 from ssd_jax.types import (
     DecodeState,
@@ -121,6 +121,7 @@ class SSD:
             fallback=self.fallback,
             ngram=self.ngram if self.fallback == "ngram" else None,
             miss_weight=float(self.miss_weight),
+            mesh=branch_mesh(self.draft),
         )
 
 

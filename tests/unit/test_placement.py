@@ -18,7 +18,7 @@ from ssd_jax.engine.ssd import SSD
 from ssd_jax.errors import ConfigError
 from ssd_jax.generation import generate
 from ssd_jax.model import Model
-from ssd_jax.placement import home, place_model, shard_model, spare_device
+from ssd_jax.placement import home, place_model, repeat_model, shard_model, spare_device
 
 # Four key/value heads, and biases everywhere, so that every kind of weight is divided.
 CONFIG = dataclasses.replace(CONFIGS["llama_tied"], num_layers=1, max_context=124)
@@ -84,6 +84,21 @@ def test_a_draft_may_share_a_device_with_the_target(count):
     draft = place_model(perturbed(whole(), FAIR), devices()[0])
     options = SSD(draft=draft, draft_len=DRAFT_LEN, fan_out=FAN_OUT)
     assert_same_outputs(generate(target, PROMPTS, LONG, speculation=options), plain())
+
+
+def test_several_draft_devices_divide_the_branches():
+    """Seven branches over two devices: one more is added, for no outcome."""
+    draft = repeat_model(perturbed(whole(), FAIR), devices()[4:6])
+    ssd = SSD(draft=draft, draft_len=DRAFT_LEN, fan_out=(2, 2, 1, 1, 1))
+    assert ssd.speculator.num_branches == 8
+    completions = generate(whole(), PROMPTS, LONG, speculation=ssd)
+    assert_same_outputs(completions, plain())
+    alone = dataclasses.replace(ssd, draft=perturbed(whole(), FAIR))
+    for one, other in zip(
+        completions, generate(whole(), PROMPTS, LONG, speculation=alone), strict=True
+    ):
+        assert one.speculation.drafters == other.speculation.drafters
+        assert one.speculation.lookups.hits == other.speculation.lookups.hits
 
 
 def test_a_sharded_model_has_its_share_on_each_device():
