@@ -112,10 +112,13 @@ def texts_of(state):
 
 
 def assert_equal_caches(cache, fresh, lengths):
-    """Slots below `lengths` of two caches, row by row."""
+    """Slots below `lengths` of two caches, row by row.
+
+    Entries reach 15, and passes of other widths add in another order: 1e-5 is the rounding of one.
+    """
     for ours, theirs in zip(cache.keys + cache.values, fresh.keys + fresh.values, strict=True):
         ours, theirs = np.asarray(ours), np.asarray(theirs)
         for row, length in enumerate(lengths):
             np.testing.assert_allclose(
-                ours[row, :, :length], theirs[row, :, :length], rtol=1e-5, atol=1e-5
+                ours[row, :, :length], theirs[row, :, :length], rtol=1e-5, atol=5e-5
             )
