@@ -5,12 +5,11 @@ import json
 import os
 import platform
 import subprocess
-import tempfile
 from pathlib import Path
 
 import jax
 
-from ssd_jax.errors import RequestError
+from ssd_jax.whole_file import write_whole
 
 
 def environment() -> dict[str, object]:
@@ -35,29 +34,13 @@ def write_record(record: dict[str, object], path: Path | None) -> None:
     """The record as JSON in a file, which is replaced in one go, or on stdout.
 
     Raises:
-        RequestError: the file cannot be written.
+        ConfigError: the file cannot be written.
     """
     text = json.dumps(record, indent=2) + "\n"
     if path is None:
         print(text, end="")
         return
-    temporary = None
-    try:
-        with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False
-        ) as file:
-            temporary = Path(file.name)
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
-        raise RequestError(
-            f"The record should go to {path}, which cannot be written ({error.strerror}): name "
-            "another file."
-        ) from error
+    write_whole(path, text.encode())
 
 
 def _commit() -> str | None:

@@ -22,7 +22,7 @@ from bench.methods import DEFAULT_METHODS, BenchMethod, parse_method
 from bench.padding import add_idle_layers
 from bench.record import environment, write_record
 from bench.timing import Timing, median_timing, time_host, time_parts
-from bench.workloads import Workload, WorkloadName, own_workload, read_workload, repeated_share
+from bench.workloads import Workload, WorkloadName, own_workload, repeated_share
 from ssd_jax import (
     Completion,
     Model,
@@ -35,6 +35,7 @@ from ssd_jax import (
 from ssd_jax.cli.environment import use_compilation_cache
 from ssd_jax.errors import RequestError, SsdJaxError
 from ssd_jax.model import demo_folder
+from ssd_jax.text.prompt_file import read_prompts
 
 SCHEMA = 1  # of the record; raised when a field changes its meaning
 SCREENED_AT_ONCE = 8  # prompts whose plain answers are looked at together
@@ -123,7 +124,10 @@ def run(args: argparse.Namespace) -> dict[str, object]:
             flag = "--" + option.replace("_", "-")
             raise RequestError(f"{flag} must be at least 1, got {getattr(args, option)}.")
     draft_device = split_cpu()[1] if args.split else None
-    workload = read_workload(args.prompts) if args.prompts else own_workload(args.workload)
+    if args.prompts:
+        workload = Workload(name=args.prompts.name, prompts=read_prompts(args.prompts))
+    else:
+        workload = own_workload(args.workload)
     if args.temperature is not None:
         workload = dataclasses.replace(workload, temperature=args.temperature)
     target = load_model(args.model)

@@ -1,13 +1,10 @@
 """Prompts to measure decoding with, and how much of an answer is copied from its prompt."""
 
 import dataclasses
-import gzip
 import importlib
 import inspect
-import json
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Literal, get_args
 
 from ssd_jax.errors import RequestError
@@ -94,44 +91,6 @@ def own_workload(name: str) -> Workload:
     raise RequestError(
         f"The workload must be one of {', '.join(get_args(WorkloadName))}, got {name!r}."
     )
-
-
-def read_workload(path: Path) -> Workload:
-    """The `prompt` field of every line of a JSON Lines file, which may be gzipped.
-
-    Raises:
-        RequestError: the file cannot be read, or naming the first line without a prompt.
-    """
-    prompts = []
-    try:
-        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    prompts.append(_prompt_of(line, f"{path}, line {number}"))
-    except (OSError, EOFError) as error:
-        raise RequestError(
-            f"The prompts should be a readable JSON Lines file, but {path} is not ({error}): name "
-            "another file."
-        ) from error
-    if not prompts:
-        raise RequestError(f"{path} should hold a prompt a line, got no lines: name another file.")
-    return Workload(name=path.name, prompts=tuple(prompts))
-
-
-def _prompt_of(line: bytes, where: str) -> str:
-    try:
-        prompt = json.loads(line)["prompt"]
-    except (ValueError, TypeError, KeyError) as error:
-        raise RequestError(
-            f"Each line must be a JSON object with a `prompt`, got {line[:60]!r} ({where}): mend "
-            "or delete that line."
-        ) from error
-    if not isinstance(prompt, str) or not prompt:
-        raise RequestError(
-            f"`prompt` must be a text that is not empty, got {prompt!r} ({where}): mend or delete "
-            "that line."
-        )
-    return prompt
 
 
 def library_functions(min_chars: int, max_chars: int) -> list[tuple[str, str]]:

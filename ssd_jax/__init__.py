@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from ssd_jax.drafting.ngram import NgramConfig as NgramConfig
     from ssd_jax.engine.round_times import measure_round_times as measure_round_times
     from ssd_jax.engine.speculation import Speculation as Speculation
-    from ssd_jax.engine.ssd import SSD as SSD
+    from ssd_jax.engine.ssd_options import SSD as SSD
     from ssd_jax.errors import SsdJaxError as SsdJaxError
     from ssd_jax.fan_out import FanOut as FanOut
     from ssd_jax.generation import Completion as Completion

@@ -11,9 +11,12 @@ from ssd_jax.errors import MemoryBudgetError
 from ssd_jax.kv_cache import cache_bytes
 
 
-def params_bytes(config: ModelConfig, dtype: DTypeLike) -> int:
-    """Bytes of a model's weights."""
-    return config.num_params * jnp.dtype(dtype).itemsize
+def params_bytes(config: ModelConfig, dtype: DTypeLike, *, own_output: bool = False) -> int:
+    """Bytes of a model's weights; with `own_output` a tied output matrix is stored as well."""
+    count = config.num_params
+    if own_output and config.tied_embeddings:
+        count += config.vocab_size * config.hidden_size
+    return count * jnp.dtype(dtype).itemsize
 
 
 def batch_bytes(config: ModelConfig, batch_size: int, num_slots: int, dtype: DTypeLike) -> int:

@@ -60,7 +60,7 @@ def load_model(folder: str | Path | None = None, dtype: DTypeName | None = None)
     config = read_config(path)
     require_memory(
         f"Loading {config.num_params:,} weights from {path}",
-        params_bytes(config, dtype or "bfloat16"),
+        params_bytes(config, dtype or "bfloat16", own_output=device.platform == "cpu"),
         device,
         "free some, use dtype bfloat16, or choose a smaller model.",
     )

@@ -160,14 +160,17 @@ def reported_logprobs(
 
 def over_positions(
     function: Callable[..., Array],
-    logits: Float[Array, "B T V"],
+    values: Float[Array, "B T V"],
     *others: Array,
     sampling: Sampling,
-) -> Float[Array, "B T V"]:
-    """`warp` or `reported_logprobs` at T positions of every row; `others` have a T axis as well."""
+) -> Array:
+    """A function of rows (`warp`, `sample_tokens` ...) at T positions or branches of every row.
+
+    `others` have a T axis as well, and so has the result.
+    """
     return jax.vmap(
-        lambda row_logits, *rest: function(row_logits, sampling, *rest), in_axes=1, out_axes=1
-    )(logits, *others)
+        lambda row_values, *rest: function(row_values, sampling, *rest), in_axes=1, out_axes=1
+    )(values, *others)
 
 
 def counts_along_draft(

@@ -13,7 +13,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from ssd_jax.sampling import Purpose, first_argmax, position_key, sample_tokens
+from ssd_jax.sampling import (
+    Purpose,
+    first_argmax,
+    over_positions,
+    position_key,
+    sample_tokens,
+)
 from ssd_jax.types import Draft, Sampling, Verdict
 
 Verification = Literal["coupled", "rejection", "greedy"]
@@ -62,11 +68,7 @@ def verify_coupled(
     was drafted. Needs no law from the draft.
     """
     offsets = jnp.arange(laws.shape[1], dtype=positions.dtype)
-    own = jax.vmap(
-        lambda law, offset: sample_tokens(law, sampling, positions + offset),
-        in_axes=(1, 0),
-        out_axes=1,
-    )(laws, offsets)
+    own = over_positions(sample_tokens, laws, positions[:, None] + offsets, sampling=sampling)
     return _match(draft, own)
 
 

@@ -13,7 +13,8 @@ from speculation_cases import DRAFT_LEN, OPTIONS
 from tiny_models import CONFIGS, TinyModel, make_tiny, perturbed, tiny_tokenizer
 
 from ssd_jax.engine.batch import make_batch, make_requests
-from ssd_jax.engine.ssd import SSD, speculative_speculative
+from ssd_jax.engine.ssd import speculative_speculative
+from ssd_jax.engine.ssd_options import SSD
 from ssd_jax.fan_out import FanOut
 from ssd_jax.model import Model
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 from ssd_jax.cli.compile_clock import CompileClock
 from ssd_jax.engine.speculation import Speculation
-from ssd_jax.engine.ssd import SSD
+from ssd_jax.engine.ssd_options import SSD
 from ssd_jax.generation import Completion, stream
 from ssd_jax.model import Model
 from ssd_jax.sampling_params import SamplingParams

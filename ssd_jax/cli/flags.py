@@ -11,6 +11,25 @@ from ssd_jax.sampling_params import SamplingParams
 
 DEFAULT_MAX_TOKENS = 256
 AUTO = "auto"
+_SAMPLING_FLAGS: tuple[tuple[str, Callable[[str], float], str, str], ...] = (
+    ("--temperature", number, "T", "0 is greedy (default: 0)"),
+    ("--top-k", whole_number, "K", "keep the K most likely tokens, 0 for all (default: 0)"),
+    (
+        "--top-p",
+        number,
+        "P",
+        "keep the most likely tokens up to this probability, in (0, 1] (default: 1)",
+    ),
+    (
+        "--min-p",
+        number,
+        "P",
+        "drop tokens below this share of the most likely one, in [0, 1) (default: 0)",
+    ),
+    ("--repetition-penalty", number, "X", "of tokens seen so far, 1 is none (default: 1)"),
+    ("--presence-penalty", number, "X", "off the logit of emitted tokens (default: 0)"),
+    ("--frequency-penalty", number, "X", "the same for each time emitted (default: 0)"),
+)
 
 
 def add_shared_flags(parser: argparse.ArgumentParser) -> None:
@@ -32,21 +51,20 @@ def sampling_params(args: argparse.Namespace, room: int) -> SamplingParams:
     if max_tokens is None and room > 0:
         max_tokens = min(DEFAULT_MAX_TOKENS, room)
     return SamplingParams(
+        **sampling_options(args),
         max_tokens=max_tokens,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        min_p=args.min_p,
-        repetition_penalty=args.repetition_penalty,
-        presence_penalty=args.presence_penalty,
-        frequency_penalty=args.frequency_penalty,
-        logit_bias=dict(args.logit_bias),
-        seed=args.seed,
         stop=tuple(args.stop),
         stop_token_ids=tuple(args.stop_token_id),
         ignore_eos=args.ignore_eos,
         logprobs=args.logprobs,
     )
+
+
+def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What the flags of `add_sampling_flags` say, by the names of `SamplingParams`."""
+    names = [flag.removeprefix("--").replace("-", "_") for flag, *_ in _SAMPLING_FLAGS]
+    options: dict[str, Any] = {name: getattr(args, name) for name in names}
+    return options | {"logit_bias": dict(args.logit_bias), "seed": args.seed}
 
 
 def add_model_flags(group: argparse._ArgumentGroup) -> None:
@@ -63,6 +81,31 @@ def add_model_flags(group: argparse._ArgumentGroup) -> None:
     )
 
 
+def add_draft_flags(group: argparse._ArgumentGroup) -> None:
+    """Declare which draft model, where it runs, and how what it drafts is verified."""
+    group.add_argument(
+        "--draft-model",
+        metavar="DIR",
+        help="the draft's checkpoint folder (default where a method needs one: the demo draft, "
+        "which goes with the demo model)",
+    )
+    group.add_argument(
+        "--draft-device",
+        choices=("auto", "same"),
+        default="auto",
+        help="ssd: auto gives the draft a device of its own, on a CPU one of its cores; same puts "
+        "it where the target is (default: auto)",
+    )
+    group.add_argument(
+        "--verification",
+        choices=("coupled", "rejection", "greedy"),
+        default="coupled",
+        help="when sampling: coupled emits the tokens of --method ar with the same seed, rejection "
+        "others of the same distribution and accepts more; greedy is for temperature 0, where all "
+        "three agree (default: coupled)",
+    )
+
+
 def _add_speculation_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--method",
@@ -72,12 +115,7 @@ def _add_speculation_flags(group: argparse._ArgumentGroup) -> None:
         "ssd prepares the next drafts while one is verified (default: draft if --draft-model is "
         "given, else ar)",
     )
-    group.add_argument(
-        "--draft-model",
-        metavar="DIR",
-        help="the draft's checkpoint folder (default with --method draft: the demo draft, which "
-        "goes with the demo model)",
-    )
+    add_draft_flags(group)
     group.add_argument(
         "-k",
         "--draft-len",
@@ -98,14 +136,6 @@ def _add_speculation_flags(group: argparse._ArgumentGroup) -> None:
         type=whole_number,
         metavar="N",
         help="tokens that must be the same, 1 to 64 (default: 3, for mod 6)",
-    )
-    group.add_argument(
-        "--verification",
-        choices=("coupled", "rejection", "greedy"),
-        default="coupled",
-        help="when sampling: coupled emits the tokens of --method ar with the same seed, rejection "
-        "others of the same distribution and accepts more; greedy is for temperature 0, where all "
-        "three agree (default: coupled)",
     )
     _add_switch(
         group,
@@ -142,13 +172,6 @@ def _add_speculation_flags(group: argparse._ArgumentGroup) -> None:
         "rejections are guessed more often and drafts accepted less (default: 1)",
     )
     group.add_argument(
-        "--draft-device",
-        choices=("auto", "same"),
-        default="auto",
-        help="ssd: auto gives the draft a device of its own, on a CPU one of its cores; same puts "
-        "it where the target is (default: auto)",
-    )
-    group.add_argument(
         "--tuned",
         metavar="FILE",
         help="ssd: take draft-len, fan-out, fallback and miss-weight from a file that `ssd-jax "
@@ -165,31 +188,12 @@ def _add_speculation_flags(group: argparse._ArgumentGroup) -> None:
 
 def add_sampling_flags(group: argparse._ArgumentGroup) -> None:
     """Declare how tokens are chosen."""
-
-    def add(flag: str, convert: Callable[[str], float], metavar: str, text: str) -> None:
+    for flag, convert, metavar, text in _SAMPLING_FLAGS:
         name = flag.removeprefix("--").replace("-", "_")
         default = getattr(SamplingParams(), name)
         group.add_argument(
             flag, type=_option(name, convert), default=default, metavar=metavar, help=text
         )
-
-    add("--temperature", number, "T", "0 is greedy (default: 0)")
-    add("--top-k", whole_number, "K", "keep the K most likely tokens, 0 for all (default: 0)")
-    add(
-        "--top-p",
-        number,
-        "P",
-        "keep the most likely tokens up to this probability, in (0, 1] (default: 1)",
-    )
-    add(
-        "--min-p",
-        number,
-        "P",
-        "drop tokens below this share of the most likely one, in [0, 1) (default: 0)",
-    )
-    add("--repetition-penalty", number, "X", "of tokens seen so far, 1 is none (default: 1)")
-    add("--presence-penalty", number, "X", "off the logit of emitted tokens (default: 0)")
-    add("--frequency-penalty", number, "X", "the same for each time emitted (default: 0)")
     group.add_argument(
         "--logit-bias",
         action="append",

@@ -42,8 +42,7 @@ def run_generate(args: argparse.Namespace) -> int:
     from ssd_jax.cli.answer import INTERRUPTED, print_answer
     from ssd_jax.cli.session import open_model
     from ssd_jax.cli.speculation import open_speculation
-    from ssd_jax.cli.timeline import write_timeline
-    from ssd_jax.engine.ssd import SSD
+    from ssd_jax.engine.ssd_options import SSD
 
     model, tokenizer = open_model(args)
     prompt_ids = tokenizer.encode(prompt)
@@ -53,6 +52,8 @@ def run_generate(args: argparse.Namespace) -> int:
         print(prompt, end="", flush=True)
     answer = print_answer(model, speculation, prompt_ids, params, args)
     if args.timeline and isinstance(speculation, SSD):
+        from ssd_jax.cli.timeline import write_timeline
+
         write_timeline(model, speculation, prompt_ids, params, args)
     return _INTERRUPTED_CODE if answer.finish_reason == INTERRUPTED else 0
 

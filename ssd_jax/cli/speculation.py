@@ -11,7 +11,7 @@ from ssd_jax.cpu_clients import draft_cpu
 from ssd_jax.drafting.ngram import NgramConfig
 from ssd_jax.engine.round_times import measure_pass_times, measure_round_times
 from ssd_jax.engine.speculation import DEFAULT_DRAFT_LEN, Speculation, check_pair
-from ssd_jax.engine.ssd import SSD
+from ssd_jax.engine.ssd_options import SSD
 from ssd_jax.errors import RequestError
 from ssd_jax.fan_out import FanOut
 from ssd_jax.model import Model, demo_folder, load_model
@@ -94,7 +94,7 @@ def _open_ssd(args: argparse.Namespace, model: Model) -> SSD:
         **options,
     )
     if args.fan_out_after_miss is not None:
-        after_hit = ssd.speculator.fan_out.after_hit
+        after_hit = ssd.both_fan_outs.after_hit
         after_miss = args.fan_out_after_miss
         ssd = dataclasses.replace(ssd, fan_out=FanOut(after_hit=after_hit, after_miss=after_miss))
     if tuned is not None and not args.quiet:
@@ -120,7 +120,7 @@ def _check_tuned_verification(args: argparse.Namespace, tuned: Tuned) -> None:
 
 def _warn_of_waiting(ssd: SSD, tuned: Tuned) -> None:
     """Say on stderr when, by the tuned file's times, the target would wait for the draft."""
-    times, num_branches = tuned.times, ssd.speculator.fan_out.num_branches
+    times, num_branches = tuned.times, ssd.both_fan_outs.num_branches
     if ssd.draft_len > times.longest_draft:
         return
     verify_s = times.verify_s[ssd.draft_len]

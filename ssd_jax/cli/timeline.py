@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ssd_jax.engine.ssd import SSD
+from ssd_jax.engine.ssd_options import SSD
 from ssd_jax.model import Model
 from ssd_jax.sampling_params import SamplingParams
 from ssd_jax.timeline.picture import check_drawable, timeline_png
@@ -21,7 +21,7 @@ def write_timeline(
     params: SamplingParams,
     args: argparse.Namespace,
 ) -> None:
-    """Decode the prompt once more, write its timeline, and sum it up on stderr.
+    """Decode the prompt twice more, once in lockstep; write its timeline, sum it up on stderr.
 
     Raises:
         ConfigError: a picture is asked for without matplotlib, or the file cannot be written.
@@ -30,9 +30,13 @@ def write_timeline(
     as_picture = path.suffix == ".png"
     if as_picture:
         check_drawable()
-    rounds = record_rounds(model, ssd, [prompt_ids], params)
-    write_whole(path, timeline_png(rounds, ssd) if as_picture else trace_json(rounds).encode())
-    summary = summarize(rounds)
+    rounds, lockstep = (
+        record_rounds(model, ssd, [prompt_ids], params, lockstep=lockstep)
+        for lockstep in (False, True)
+    )
+    content = timeline_png(rounds, ssd, lockstep) if as_picture else trace_json(rounds).encode()
+    write_whole(path, content)
+    summary = summarize(rounds, lockstep)
     if summary is not None and not args.quiet:
         print(_describe(summary), file=sys.stderr)
 
@@ -54,6 +58,7 @@ def _describe(summary: TimelineSummary) -> str:
     ):
         if share is not None:
             parts.append(f"{share:.0%} {name}")
-    parts.append(f"overlap efficiency {summary.overlap_efficiency:.0%}")
+    if summary.overlap_efficiency is not None:
+        parts.append(f"overlap efficiency {summary.overlap_efficiency:.0%}")
     parts.append(f"the target waited for the draft in {summary.waiting_share:.0%} of the rounds")
     return ", ".join(parts)

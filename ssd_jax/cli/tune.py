@@ -2,20 +2,25 @@
 
 import argparse
 import datetime
-import json
 import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ssd_jax.cli.flags import add_device_flags, add_model_flags, add_sampling_flags
+from ssd_jax.cli.flags import (
+    add_device_flags,
+    add_draft_flags,
+    add_model_flags,
+    add_sampling_flags,
+    sampling_options,
+)
 from ssd_jax.cli.parser import whole_number
 from ssd_jax.errors import RequestError
+from ssd_jax.text.prompt_file import read_prompts
 
 if TYPE_CHECKING:
-    from ssd_jax.engine.ssd import SSD
+    from ssd_jax.engine.ssd_options import SSD
     from ssd_jax.model import Model
-    from ssd_jax.sampling_params import SamplingParams
     from ssd_jax.tuning.tune import Tuning
     from ssd_jax.tuning.tuned_file import Tuned
 
@@ -37,8 +42,8 @@ def add_tune_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prompts",
         metavar="FILE",
-        help='JSON lines, each a text or an object with a "prompt", as like the later use as '
-        "possible (default: a few bundled ones)",
+        help="prompts as like the later use as possible: JSON Lines or a JSON list of texts or of "
+        "objects with a `prompt`, or a common evaluation set (default: a few bundled ones)",
     )
     parser.add_argument(
         "--max-tokens",
@@ -55,24 +60,7 @@ def add_tune_arguments(parser: argparse.ArgumentParser) -> None:
     )
     model = parser.add_argument_group("models")
     add_model_flags(model)
-    model.add_argument(
-        "--draft-model",
-        metavar="DIR",
-        help="the draft's checkpoint folder (default: the demo draft, for the demo model)",
-    )
-    model.add_argument(
-        "--draft-device",
-        choices=("auto", "same"),
-        default="auto",
-        help="auto gives the draft a device of its own, on a CPU one of its cores; same puts it "
-        "where the target is (default: auto)",
-    )
-    model.add_argument(
-        "--verification",
-        choices=("coupled", "rejection", "greedy"),
-        default="coupled",
-        help="as it will be for generate (default: coupled)",
-    )
+    add_draft_flags(model)
     add_sampling_flags(parser.add_argument_group("sampling, as it will be for generate"))
     machine = parser.add_argument_group("device and output")
     add_device_flags(machine)
@@ -99,7 +87,8 @@ def run_tune(args: argparse.Namespace) -> None:
 
     from ssd_jax.cli.session import open_model
     from ssd_jax.cli.speculation import load_draft, place_draft
-    from ssd_jax.engine.ssd import SSD
+    from ssd_jax.engine.ssd_options import SSD
+    from ssd_jax.sampling_params import SamplingParams
     from ssd_jax.tuning.tune import tune
     from ssd_jax.tuning.tuned_file import write_tuned
 
@@ -110,7 +99,11 @@ def run_tune(args: argparse.Namespace) -> None:
     model, tokenizer = open_model(args)
     draft = place_draft(args, model, load_draft(args, model, "ssd"))
     ssd = SSD(draft=draft, verification=args.verification)
-    params = _params(args)
+    params = SamplingParams(
+        max_tokens=DEFAULT_MAX_TOKENS if args.max_tokens is None else args.max_tokens,
+        ignore_eos=True,
+        **sampling_options(args),
+    )
     encoded = [tokenizer.encode(prompt) for prompt in prompts]
     context = min(model.config.max_context, draft.config.max_context)
     longest = context - params.max_tokens if params.max_tokens else context
@@ -124,56 +117,6 @@ def run_tune(args: argparse.Namespace) -> None:
     write_tuned(out, _report(args, model, ssd, tuning, len(encoded)))
     print(describe(tuning))
     print(f"written to {out}; use it with `ssd-jax generate --method ssd --tuned {out}`")
-
-
-def read_prompts(path: Path) -> tuple[str, ...]:
-    """The prompts in a file of JSON lines.
-
-    Raises:
-        RequestError: no such file, or a line that holds no prompt.
-    """
-    try:
-        lines = path.read_text("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise RequestError(
-            f"--prompts should name a readable UTF-8 file, got {path}: {error}."
-        ) from error
-    prompts = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise RequestError(f"Line {number} of {path} should be JSON: {error}.") from error
-        prompt = entry.get("prompt") if isinstance(entry, dict) else entry
-        if not isinstance(prompt, str) or not prompt:
-            raise RequestError(
-                f'Line {number} of {path} should be a text or an object with a "prompt", got '
-                f"{line[:80]}"
-            )
-        prompts.append(prompt)
-    if not prompts:
-        raise RequestError(f"{path} should hold at least one prompt, got none.")
-    return tuple(prompts)
-
-
-def _params(args: argparse.Namespace) -> "SamplingParams":
-    from ssd_jax.sampling_params import SamplingParams
-
-    return SamplingParams(
-        max_tokens=DEFAULT_MAX_TOKENS if args.max_tokens is None else args.max_tokens,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        min_p=args.min_p,
-        repetition_penalty=args.repetition_penalty,
-        presence_penalty=args.presence_penalty,
-        frequency_penalty=args.frequency_penalty,
-        logit_bias=dict(args.logit_bias),
-        seed=args.seed,
-        ignore_eos=True,
-    )
 
 
 def describe(tuning: "Tuning") -> str:

@@ -82,7 +82,8 @@ def decode_speculative(
         count, state = carry
         before, pace = state.target, state.pace
         running = before.finish == Finish.RUNNING
-        limits = draft_room(sampling, before, drafter)
+        room = draft_room(sampling, before, drafter.draft_len)
+        limits = jnp.broadcast_to(room, (len(drafter.names), *room.shape))
         if pace is not None and round_s is not None:
             limits = jnp.minimum(limits, draft_limits(pace, round_s))
         draft, memory = drafter.draft(drafter_params, sampling, before, state.drafter, limits)
@@ -133,14 +134,13 @@ def verify_widths(draft_len: int, *, may_decline: bool) -> tuple[int, ...]:
     return (*(width for width in (1, 4, 8, 16) if width <= draft_len), draft_len + 1)
 
 
-def draft_room(sampling: Sampling, target: DecodeState, drafter: Drafter) -> Int[Array, "P B"]:
+def draft_room(sampling: Sampling, target: DecodeState, draft_len: int) -> Int[Array, "B"]:
     """Most tokens to draft for each row: what fits before its limit together with the bonus token.
 
     Nothing for rows that have ended.
     """
-    room = jnp.clip(sampling.max_length - target.lengths - 1, 0, drafter.draft_len)
-    room = jnp.where(target.finish == Finish.RUNNING, room, 0).astype(jnp.int32)
-    return jnp.broadcast_to(room, (len(drafter.names), *room.shape))
+    room = jnp.clip(sampling.max_length - target.lengths - 1, 0, draft_len)
+    return jnp.where(target.finish == Finish.RUNNING, room, 0).astype(jnp.int32)
 
 
 def cut_draft(draft: Draft, draft_len: int) -> Draft:

@@ -17,8 +17,6 @@ Source: Kumar, Dao, May 2026 (Saguaro), Algorithm 1. A row's N below is its text
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -29,8 +27,9 @@ from ssd_jax.config import ModelConfig
 from ssd_jax.control_flow import run_if
 from ssd_jax.decoding.emission import emit
 from ssd_jax.decoding.finish import Finish
-from ssd_jax.decoding.speculative import add_round, verified_tokens, verify_round
+from ssd_jax.decoding.speculative import add_round, draft_room, verified_tokens, verify_round
 from ssd_jax.drafting.draft_model import draft_tokens, match_vocabulary
+from ssd_jax.drafting.drafts import choose_rows, point_masses
 from ssd_jax.drafting.ngram import NgramConfig, draft_ngram, update_ngram
 from ssd_jax.fan_out import FanOut
 from ssd_jax.models.branches import forward_branches, init_branches
@@ -51,7 +50,6 @@ from ssd_jax.types import (
 )
 from ssd_jax.verification import Verification
 
-Fallback = Literal["neural", "ngram"]
 NOTHING_JUDGED = -1  # num_accepted of the outcome that opens a decoding: no token is emitted
 
 
@@ -59,8 +57,8 @@ NOTHING_JUDGED = -1  # num_accepted of the outcome that opens a decoding: no tok
 class Speculator:
     """How drafts are made and prepared (a static argument of the programs).
 
-    `fallback` says who drafts where an outcome was not prepared: the draft model while the target
-    waits, or n-grams at once. `miss_weight` is the C of Saguaro sampling, 1 for ordinary sampling.
+    `ngram` drafts at once where an outcome was not prepared; without it the draft model does, while
+    the target waits. `miss_weight` is the C of Saguaro sampling, 1 for ordinary sampling.
     `mesh` holds several draft devices over which the branches are divided, each with whole weights.
     """
 
@@ -68,7 +66,6 @@ class Speculator:
     draft_len: int
     fan_out: FanOut
     verification: Verification
-    fallback: Fallback
     ngram: NgramConfig | None
     miss_weight: float
     mesh: Mesh | None = None
@@ -96,8 +93,7 @@ def propose(
     running = text.finish == Finish.RUNNING
     found, branch, tokens, law = look_up(state.prepared, verdict)
     hit = found & running
-    room = jnp.clip(sampling.max_length - text.lengths - 1, 0, speculator.draft_len)
-    room = jnp.where(running, room, 0).astype(jnp.int32)
+    room = draft_room(sampling, text, speculator.draft_len)
     tables = state.tables
     if speculator.ngram is not None:
         tables = update_ngram(
@@ -108,7 +104,7 @@ def propose(
             text.lengths,
             width=speculator.draft_len + 1,
         )
-    prepared = Draft(tokens=tokens, count=room, law=law, drafter=jnp.zeros_like(room))
+    prepared = dataclasses.replace(point_masses(tokens, room), law=law)
     missing = jnp.where(hit, 0, room)
 
     def fall_back(both: tuple[Draft, DecodeState]) -> tuple[Draft, DecodeState]:
@@ -141,10 +137,6 @@ def draft_afresh(
     if speculator.ngram is not None:
         fresh = draft_ngram(speculator.ngram, tables, text.tokens, text.lengths)
         fresh = dataclasses.replace(fresh, count=jnp.minimum(fresh.count, missing))
-        if prepared.law is not None:
-            vocabulary = jnp.arange(prepared.law.shape[-1], dtype=jnp.int32)
-            masses = jnp.where(fresh.tokens[..., None] == vocabulary, 0.0, -jnp.inf)
-            fresh = dataclasses.replace(fresh, law=masses)
     else:
         fresh, cache = draft_tokens(
             speculator.config,
@@ -160,16 +152,7 @@ def draft_afresh(
             ),
         )
         text = dataclasses.replace(text, cache=cache)
-    law = None
-    if prepared.law is not None and fresh.law is not None:
-        law = jnp.where(hit[:, None, None], prepared.law, fresh.law)
-    draft = Draft(
-        tokens=jnp.where(hit[:, None], prepared.tokens, fresh.tokens),
-        count=jnp.where(hit, prepared.count, fresh.count),
-        law=law,
-        drafter=jnp.where(hit, 0, 1).astype(jnp.int32),
-    )
-    return draft, text
+    return choose_rows(hit, prepared, fresh), text
 
 
 @functools.partial(
@@ -216,16 +199,11 @@ def prepare(
     inputs = jnp.concatenate([last_token, draft.tokens], axis=1)
     hidden, trunk = forward(config, params, inputs, text.cache, last)
     vocab_size = text.output_counts.shape[-1]
-    logits = _logits(params, hidden, vocab_size)
+    logits = match_vocabulary(compute_logits(params, hidden), vocab_size)
     counts = counts_along_draft(text.output_counts, draft.tokens)
     rejection = speculator.verification == "rejection"
-    scores = _over_branches(
-        guess_scores,
-        sampling,
-        logits,
-        counts,
-        text.lengths[:, None] + jnp.arange(inputs.shape[1], dtype=jnp.int32),
-    )
+    positions = text.lengths[:, None] + jnp.arange(inputs.shape[1], dtype=jnp.int32)
+    scores = over_positions(guess_scores, logits, counts, positions, sampling=sampling)
     depth, bonus_token = guess_outcomes(
         speculator.fan_out, speculator.num_branches, scores, draft, state.was_hit
     )
@@ -242,7 +220,7 @@ def prepare(
         hidden, branches = forward_branches(
             config, params, tokens, trunk, trunk_lengths, branches, index
         )
-        logits = _logits(params, hidden, vocab_size)
+        logits = match_vocabulary(compute_logits(params, hidden), vocab_size)
         laws = over_positions(warp, logits, counts, sampling=sampling)
         if rejection:
             reshape = functools.partial(
@@ -250,12 +228,8 @@ def prepare(
             )
             laws = jax.vmap(reshape, in_axes=(1, None), out_axes=1)(laws, index)
         purpose = Purpose.DRAFT if rejection else Purpose.TOKEN
-        tokens = _over_branches(
-            functools.partial(sample_tokens, purpose=purpose),
-            sampling,
-            laws,
-            trunk_lengths + 1 + index,
-        )
+        choose = functools.partial(sample_tokens, purpose=purpose)
+        tokens = over_positions(choose, laws, trunk_lengths + 1 + index, sampling=sampling)
         return (tokens, add_token(counts, tokens), branches), (tokens, laws if rejection else None)
 
     branches = init_branches(
@@ -325,20 +299,3 @@ def _reshape_law(
     if speculator.miss_weight == 1 or speculator.verification != "rejection":
         return law
     return favour_misses(law, guesses, position, speculator.miss_weight, sampling)
-
-
-def _logits(
-    params: ModelParams, hidden: Float[Array, "B R D"], vocab_size: int
-) -> Float[Array, "B R V"]:
-    """Draft logits of every branch over the target's ids."""
-    match = functools.partial(match_vocabulary, vocab_size=vocab_size)
-    return jax.vmap(match, in_axes=1, out_axes=1)(compute_logits(params, hidden))
-
-
-def _over_branches(
-    function: Callable[..., Array], sampling: Sampling, values: Array, *rest: Array
-) -> Array:
-    """A function of rows applied to every branch (axis 1) of `values` and the rest."""
-    return jax.vmap(
-        lambda value, *others: function(value, sampling, *others), in_axes=1, out_axes=1
-    )(values, *rest)

@@ -111,9 +111,10 @@ def catch_up(
     return jax.lax.while_loop(is_behind, feed, cache)
 
 
-def match_vocabulary(logits: Float[Array, "B W"], vocab_size: int) -> Float[Array, "B V"]:
+def match_vocabulary(logits: Float[Array, "... W"], vocab_size: int) -> Float[Array, "... V"]:
     """Draft logits cut or padded to the target's number of ids (embeddings may be padded apart)."""
     missing = vocab_size - logits.shape[-1]
     if missing <= 0:
-        return logits[:, :vocab_size]
-    return jnp.pad(logits, ((0, 0), (0, missing)), constant_values=-jnp.inf)
+        return logits[..., :vocab_size]
+    padding = [(0, 0)] * (logits.ndim - 1) + [(0, missing)]
+    return jnp.pad(logits, padding, constant_values=-jnp.inf)

@@ -9,13 +9,13 @@ from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Int, PyTree
 
 from ssd_jax.config import ModelConfig
 from ssd_jax.control_flow import run_if
 from ssd_jax.drafting.draft_model import catch_up, draft_tokens
+from ssd_jax.drafting.drafts import choose_rows, point_masses
 from ssd_jax.drafting.ngram import NgramConfig, NgramState, draft_ngram, update_ngram
-from ssd_jax.drafting.ngram_hash import point_masses
 from ssd_jax.types import DecodeState, Draft, KVCache, ModelParams, Sampling
 from ssd_jax.verification import Verification
 
@@ -200,19 +200,7 @@ class CombinedDrafter:
         found = copied.count > 0
         asked = jnp.where(found, 0, limits[1:])
         proposed, cache = self.model.draft(params, sampling, target, cache, asked)
-        width = self.draft_len
-        tokens = jnp.where(
-            found[:, None], _pad_draft(copied.tokens, width), _pad_draft(proposed.tokens, width)
-        )
-        law = None
-        if proposed.law is not None:
-            law = _pad_draft(proposed.law, width)
-            vocabulary = jnp.arange(law.shape[-1], dtype=tokens.dtype)
-            masses: Float[Array, "B J V"] = jnp.where(tokens[..., None] == vocabulary, 0, -jnp.inf)
-            law = jnp.where(found[:, None, None], masses, law)
-        count = jnp.where(found, copied.count, proposed.count)
-        drafter = jnp.where(found, 0, 1).astype(jnp.int32)
-        return Draft(tokens=tokens, count=count, law=law, drafter=drafter), (tables, cache)
+        return choose_rows(found, copied, proposed), (tables, cache)
 
     def learn(
         self,
@@ -228,10 +216,3 @@ class CombinedDrafter:
             self.ngram.learn(before, after, draft, tables),
             self.model.learn(before, after, own, cache),
         )
-
-
-def _pad_draft(values: Array, width: int) -> Array:
-    """Values [B J ...] padded with zeros to `width` draft positions."""
-    padding = [(0, 0)] * values.ndim
-    padding[1] = (0, width - values.shape[1])
-    return jnp.pad(values, padding)

@@ -7,6 +7,7 @@ context and continuation, and ask for the continuation of a text's last n tokens
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, UInt32
 
+from ssd_jax.drafting.drafts import point_masses
 from ssd_jax.types import Draft
 
 MULTIPLIER = 1664525  # of the linear congruential generator in Numerical Recipes
@@ -111,11 +112,6 @@ def copy_draft(
     copied = jnp.take_along_axis(tokens, jnp.maximum(source, 0)[:, None] + offsets, axis=1)
     count = jnp.where(found, max_draft, 0).astype(jnp.int32)
     return point_masses(jnp.where(found[:, None], copied, 0), count)
-
-
-def point_masses(tokens: Int[Array, "B J"], count: Int[Array, "B"]) -> Draft:
-    """A draft without a law, of a loop's first drafter."""
-    return Draft(tokens=tokens, count=count, law=None, drafter=jnp.zeros_like(count))
 
 
 def _entries(table: Int[Array, "B M"], hashes: UInt32[Array, "B W"]) -> Int[Array, "B W A"]:

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Int, UInt32
 
+from ssd_jax.drafting.drafts import point_masses
 from ssd_jax.drafting.ngram_hash import (
     MULTIPLIER,
     hash_grams,
     mix,
     new_positions,
-    point_masses,
     window_before,
 )
 from ssd_jax.types import Draft

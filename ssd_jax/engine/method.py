@@ -1,30 +1,24 @@
 """Decoding methods as the host sees them: functions over a state it never looks into."""
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int, PyTree
+from jaxtyping import PyTree
 
 from ssd_jax.decoding.autoregressive import decode
 from ssd_jax.decoding.emission import stop_rows
-from ssd_jax.decoding.prefill import prefill_chunk
 from ssd_jax.decoding.speculative import decode_speculative
-from ssd_jax.decoding.state import initial_state
-from ssd_jax.drafting.ngram import NgramConfig, NgramState, init_ngram, learn_prompt
 from ssd_jax.drafting.pace import init_pace
 from ssd_jax.engine.batch import Batch
+from ssd_jax.engine.prompts import learn_prompts, read_prompts
 from ssd_jax.engine.speculation import Speculation
-from ssd_jax.kv_cache import init_cache
 from ssd_jax.model import Model
-from ssd_jax.placement import home, place_state
 from ssd_jax.types import (
     DecodeState,
-    KVCache,
     LookupStats,
     SpeculationStats,
     SpeculativeState,
@@ -48,7 +42,7 @@ def autoregressive(model: Model) -> Method:
     """One token a step."""
     config, params = model.config, model.params
     return Method(
-        prefill=lambda batch: prefill_target(model, batch),
+        prefill=lambda batch: read_prompts(model, batch),
         advance=lambda batch, state, steps: decode(
             config, params, batch.sampling, state, np.int32(steps)
         ),
@@ -67,7 +61,7 @@ def speculative(model: Model, speculation: Speculation) -> Method:
 
     def prefill(batch: Batch) -> SpeculativeState:
         return SpeculativeState(
-            target=prefill_target(model, batch),
+            target=read_prompts(model, batch),
             drafter=prefill_drafter(speculation, batch),
             stats=no_stats(len(batch.lengths), len(drafter.names), drafter.draft_len),
             pace=None if times is None else _no_pace(len(drafter.names), len(batch.lengths)),
@@ -101,34 +95,8 @@ def prefill_drafter(speculation: Speculation, batch: Batch) -> PyTree:
     tables = None if speculation.ngram is None else learn_prompts(speculation.ngram, batch)
     if speculation.draft is None:
         return tables
-    cache = read_prompts(speculation.draft, batch)
+    cache = read_prompts(speculation.draft, batch).cache
     return cache if tables is None else (tables, cache)
-
-
-def prefill_target(model: Model, batch: Batch) -> DecodeState:
-    """The state after all prompts but their last tokens went through the target."""
-    state = initial_state(
-        model.config,
-        batch.tokens,
-        batch.lengths,
-        batch.finish,
-        dtype=model.params.embedding.dtype,
-        num_top_logprobs=batch.num_top_logprobs,
-    )
-    state = place_state(state, model)
-    return dataclasses.replace(state, cache=_prefill(model, batch, state.cache))
-
-
-def read_prompts(draft: Model, batch: Batch) -> KVCache:
-    """A draft model's cache with all of the prompts but their last tokens in it."""
-    cache = _empty_cache(draft.config, *batch.tokens.shape, draft.params.embedding.dtype)
-    cache = _prefill(draft, batch, jax.device_put(cache, home(draft)))
-    return dataclasses.replace(cache, lengths=jax.device_put(batch.lengths - 1, home(draft)))
-
-
-def learn_prompts(config: NgramConfig, batch: Batch) -> NgramState:
-    """n-gram tables that know the prompts."""
-    return _learn(config, batch.tokens, batch.lengths)
 
 
 def no_stats(num_rows: int, num_drafters: int, draft_len: int) -> SpeculationStats:
@@ -143,18 +111,4 @@ def no_stats(num_rows: int, num_drafters: int, draft_len: int) -> SpeculationSta
     )
 
 
-def _prefill(model: Model, batch: Batch, cache: KVCache) -> KVCache:
-    for start, size in batch.chunks:
-        tokens = jax.device_put(batch.tokens[:, start : start + size], home(model))
-        cache = prefill_chunk(model.config, model.params, tokens, cache, np.int32(start))
-    return cache
-
-
-_empty_cache = jax.jit(init_cache, static_argnums=(0, 1, 2, 3))
 _no_pace = jax.jit(init_pace, static_argnums=(0, 1))
-
-
-@functools.partial(jax.jit, static_argnames="config")
-def _learn(config: NgramConfig, tokens: Int[Array, "B S"], lengths: Int[Array, "B"]) -> NgramState:
-    state = init_ngram(config, *tokens.shape)
-    return learn_prompt(config, state, tokens, lengths)

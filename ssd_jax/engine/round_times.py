@@ -14,11 +14,11 @@ from jaxtyping import Array, Int, PyTree
 from ssd_jax.config import ModelConfig
 from ssd_jax.decoding.autoregressive import decode_step
 from ssd_jax.decoding.speculative import verify_round
-from ssd_jax.decoding.state import initial_state
 from ssd_jax.drafting.drafter import ModelDrafter
-from ssd_jax.drafting.ngram_hash import point_masses
+from ssd_jax.drafting.drafts import point_masses
 from ssd_jax.engine.batch import Batch, make_batch, make_requests
 from ssd_jax.engine.method import prefill_drafter
+from ssd_jax.engine.prompts import unread_state
 from ssd_jax.engine.speculation import RoundTimes, Speculation
 from ssd_jax.model import Model
 from ssd_jax.sampling_params import SamplingParams
@@ -50,7 +50,7 @@ def measure_round_times(
     for name in drafter.names:
         if name == "draft" and speculation.draft is not None:
             batch = _measured_batch(model, speculation.draft_len, params, batch_size)
-            one, step_s = _measure_draft(adaptive, batch, _unread_state(model, batch))
+            one, step_s = _measure_draft(adaptive, batch, unread_state(model, batch))
             own_len = speculation.draft_len
         else:
             one, step_s = 0.0, 0.0
@@ -74,7 +74,7 @@ def measure_pass_times(
     """Seconds of one pass of the target of each width, verification and emission included."""
     config, weights = model.config, model.params
     batch = _measured_batch(model, max(widths), params, batch_size)
-    state = _unread_state(model, batch)
+    state = unread_state(model, batch)
     runs = {
         width: functools.partial(_run_passes, config, weights, batch.sampling, state, width=width)
         for width in sorted(set(widths))
@@ -97,18 +97,6 @@ def _measured_batch(
     params = dataclasses.replace(params or SamplingParams(), max_tokens=room, stop=())
     requests = make_requests(model, [[0] * length] * batch_size, params)
     return make_batch(model, requests, room)
-
-
-def _unread_state(model: Model, batch: Batch) -> DecodeState:
-    """The batch as if it were prefilled: what the cache holds does not change the time."""
-    return initial_state(
-        model.config,
-        batch.tokens,
-        batch.lengths,
-        batch.finish,
-        dtype=model.params.embedding.dtype,
-        num_top_logprobs=batch.num_top_logprobs,
-    )
 
 
 def _measure_draft(

@@ -6,9 +6,9 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ssd_jax.engine.ssd import SSD
+from ssd_jax.engine.ssd_options import SSD
 from ssd_jax.errors import ConfigError
-from ssd_jax.timeline.rounds import Round, summarize
+from ssd_jax.timeline.rounds import Round, TimelineSummary, summarize
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,8 +34,10 @@ def check_drawable() -> None:
         )
 
 
-def timeline_png(rounds: Sequence[Round], ssd: SSD) -> bytes:
-    """The rounds of an SSD decoding as a PNG.
+def timeline_png(
+    rounds: Sequence[Round], ssd: SSD, lockstep: Sequence[Round] | None = None
+) -> bytes:
+    """The rounds of an SSD decoding as a PNG; `lockstep` as for `summarize`.
 
     Raises:
         ConfigError: matplotlib is not installed.
@@ -54,7 +56,7 @@ def timeline_png(rounds: Sequence[Round], ssd: SSD) -> bytes:
         _draw_strip(axis, strip, first + index * per_strip, width)
     axes[-1].set_xlabel("milliseconds since the first round shown in the line")
     _add_legend(figure)
-    figure.suptitle(_title(rounds, ssd), fontsize=11)
+    figure.suptitle(_title(ssd, summarize(rounds, lockstep)), fontsize=11)
     content = io.BytesIO()
     figure.savefig(content, format="png")
     return content.getvalue()
@@ -132,21 +134,24 @@ def _add_legend(figure: "Figure") -> None:
     )
 
 
-def _title(rounds: Sequence[Round], ssd: SSD) -> str:
-    fan_out = ssd.speculator.fan_out
+def _title(ssd: SSD, summary: TimelineSummary | None) -> str:
+    fan_out = ssd.both_fan_outs
     title = (
         f"draft_len {ssd.draft_len}, {fan_out.num_branches} outcomes prepared "
         f"({', '.join(map(str, fan_out.after_hit))}), {ssd.fallback} fallback"
     )
-    summary = summarize(rounds)
     if summary is None:
         return title
     hit_rate = "" if summary.hit_rate is None else f"{summary.hit_rate:.0%} hits, "
     return (
         f"{title}\n{summary.num_rounds} rounds, {hit_rate}{summary.mean_accepted:.2f} drafted "
         f"tokens accepted a round; medians: round {summary.round_s * 1e3:.2f} ms, verify "
-        f"{summary.verify_s * 1e3:.2f} ms, prepare {summary.prepare_s * 1e3:.2f} ms; overlap "
-        f"efficiency {summary.overlap_efficiency:.0%}"
+        f"{summary.verify_s * 1e3:.2f} ms, prepare {summary.prepare_s * 1e3:.2f} ms"
+        + (
+            ""
+            if summary.overlap_efficiency is None
+            else f"; overlap efficiency {summary.overlap_efficiency:.0%}"
+        )
     )
 
 

@@ -10,6 +10,9 @@ program begins when what it reads is there:
     prepare  with the draft
 
 so that a hop between the devices counts to the program that waits for it.
+
+How long the programs take with nothing beside them is seen by decoding the same once more in
+lockstep: each program is dispatched when the one before has ended.
 """
 
 import dataclasses
@@ -25,12 +28,11 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from ssd_jax.decoding.finish import Finish
-from ssd_jax.decoding.ssd import prepare, propose, verify_draft
-from ssd_jax.engine.batch import Batch, make_batch, make_requests
+from ssd_jax.engine.batch import make_batch, make_requests
 from ssd_jax.engine.speculation import check_options, check_pair
-from ssd_jax.engine.ssd import SSD, speculative_speculative
+from ssd_jax.engine.ssd import Program, begin, has_ended, open_programs, play_round
+from ssd_jax.engine.ssd_options import SSD
 from ssd_jax.model import Model
-from ssd_jax.placement import home
 from ssd_jax.sampling_params import SamplingParams
 
 type ClockNs = Callable[[], int]
@@ -84,8 +86,8 @@ class TimelineSummary:
         miss_s: proposing where a row missed; None if that never happened.
         verify_s: verifying.
         prepare_s: preparing.
-        overlap_efficiency: how much of a round is accounted for by propose and the longer of verify
-            and prepare, 1 if the devices overlap and the host keeps nobody waiting.
+        overlap_efficiency: the least that the round could take, which is propose and the longer of
+            verify and prepare as they take in lockstep, over what it took; None without a lockstep.
         hit_rate: of rows; None without any.
         hit_rate_after_hit: of rows whose draft before was prepared.
         hit_rate_after_miss: of the others.
@@ -99,7 +101,7 @@ class TimelineSummary:
     miss_s: float | None
     verify_s: float
     prepare_s: float
-    overlap_efficiency: float
+    overlap_efficiency: float | None
     hit_rate: float | None
     hit_rate_after_hit: float | None
     hit_rate_after_miss: float | None
@@ -117,40 +119,19 @@ class Stamps:
     prepared: int
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class _Underway:
-    """A round on its way: what it will say, and the threads that wait for it."""
-
-    dispatched: int
-    message: Int[Array, "B J+2"]
-    outcome: Int[Array, "B 3"]
-    proposed: Future[int]
-    verified: Future[int]
-    prepared: Future[int]
-
-    @property
-    def stamps(self) -> Stamps:
-        """When all that happened, waited for."""
-        return Stamps(
-            dispatched=self.dispatched,
-            proposed=self.proposed.result(),
-            verified=self.verified.result(),
-            prepared=self.prepared.result(),
-        )
-
-
 def record_rounds(
     model: Model,
     ssd: SSD,
     prompts: Sequence[str | Sequence[int]],
     params: SamplingParams,
     *,
+    lockstep: bool = False,
     clock: ClockNs = time.perf_counter_ns,
 ) -> list[Round]:
     """The rounds of decoding these prompts as one batch, with the programs that `generate` runs.
 
-    What has to be compiled is compiled by two rounds that are not recorded. Stop strings are not
-    looked for.
+    In lockstep, every program has the machine to itself. What has to be compiled is compiled by two
+    rounds that are not recorded. Stop strings are not looked for.
 
     Raises:
         RequestError, ConfigError, MemoryBudgetError: as `generate`.
@@ -159,14 +140,39 @@ def record_rounds(
     requests = make_requests(model, prompts, dataclasses.replace(params, stop=()))
     check_options(ssd.verification, [request.params for request in requests])
     batch = make_batch(model, requests, ssd.draft_len, ssd.draft)
+    programs = open_programs(model, ssd)
     with ThreadPoolExecutor(3) as watchers:
-        _decode(model, ssd, batch, watchers, clock, most_rounds=2)
-        underway = _decode(model, ssd, batch, watchers, clock, most_rounds=batch.max_steps + 1)
+
+        def when(result: jax.Array) -> int:
+            jax.block_until_ready(result)
+            return clock()
+
+        def decode(most_rounds: int) -> list[_Underway]:
+            run = begin(programs, batch)
+            jax.block_until_ready(run)
+            rounds: list[_Underway] = []
+
+            def watch(program: Program, result: jax.Array) -> None:
+                if program == "prepare":
+                    result = _mark(result)
+                else:
+                    rounds[-1].said[program] = result
+                seen = watchers.submit(when, result)
+                rounds[-1].seen[program] = seen
+                if lockstep:
+                    seen.result()
+
+            while len(rounds) < most_rounds and not has_ended(run):
+                rounds.append(_Underway(dispatched=clock(), seen={}, said={}))
+                run = play_round(programs, run, watch)
+            return rounds
+
+        decode(2)
+        underway = decode(batch.max_steps + 1)
         stamps = [one.stamps for one in underway]
-    messages, outcomes = jax.device_get(
-        ([one.message for one in underway], [one.outcome for one in underway])
-    )
-    return lay_out(stamps, messages, outcomes, num_rows=len(requests))
+    messages = jax.device_get([one.said["propose"] for one in underway])
+    outcomes = jax.device_get([one.said["verify"] for one in underway])
+    return lay_out(stamps, messages, outcomes, num_rows=len(requests), lockstep=lockstep)
 
 
 def lay_out(
@@ -175,10 +181,12 @@ def lay_out(
     outcomes: Sequence[np.ndarray],
     *,
     num_rows: int,
+    lockstep: bool = False,
 ) -> list[Round]:
     """Rounds from when results were there and what they said (arrays as of `decoding.ssd`).
 
-    Rounds that were dispatched before the host saw that all rows had ended are left out.
+    In lockstep a preparation begins after the verification, not beside it. Rounds that were
+    dispatched before the host saw that all rows had ended are left out.
     """
     rounds: list[Round] = []
     running = np.ones(num_rows, bool)
@@ -194,13 +202,15 @@ def lay_out(
         start = max(free, stamp.dispatched)
         # A thread may wake up late: nothing ends before what had to come first.
         proposed = max(start, stamp.proposed)
-        verified, prepared = max(proposed, stamp.verified), max(proposed, stamp.prepared)
+        verified = max(proposed, stamp.verified)
+        preparing = verified if lockstep else proposed
+        prepared = max(preparing, stamp.prepared)
         free = max(verified, prepared)
         rounds.append(
             Round(
                 propose=seconds(start, proposed),
                 verify=seconds(proposed, verified),
-                prepare=seconds(proposed, prepared),
+                prepare=seconds(preparing, prepared),
                 rows=tuple(
                     RowRound(
                         row=row,
@@ -215,15 +225,28 @@ def lay_out(
     return rounds
 
 
-def summarize(rounds: Sequence[Round]) -> TimelineSummary | None:
-    """Statistics of the rounds after the first, None if there are fewer than three."""
+def summarize(
+    rounds: Sequence[Round], lockstep: Sequence[Round] | None = None
+) -> TimelineSummary | None:
+    """Statistics of the rounds after the first, None if there are fewer than three.
+
+    `lockstep` are the same rounds, recorded in lockstep.
+    """
     if len(rounds) < 3:
         return None
     counted = rounds[1:-1]
     lasted = [
         after.propose.start - one.propose.start for one, after in itertools.pairwise(rounds[1:])
     ]
-    busy = [one.propose.seconds + max(one.verify.seconds, one.prepare.seconds) for one in counted]
+    efficiency = None
+    if lockstep is not None:
+        least = [
+            one.propose.seconds + max(one.verify.seconds, one.prepare.seconds)
+            for one in lockstep[1:-1]
+        ]
+        efficiency = statistics.median(
+            best / whole for best, whole in zip(least, lasted, strict=True)
+        )
     hits: dict[bool, list[bool]] = {False: [], True: []}
     for before, one in itertools.pairwise(rounds):
         kinds = {row.row: row.was_hit for row in before.rows}
@@ -236,9 +259,7 @@ def summarize(rounds: Sequence[Round]) -> TimelineSummary | None:
         miss_s=_median(one.propose.seconds for one in counted if not one.is_hit),
         verify_s=statistics.median(one.verify.seconds for one in counted),
         prepare_s=statistics.median(one.prepare.seconds for one in counted),
-        overlap_efficiency=statistics.median(
-            work / whole if whole > 0 else 1.0 for work, whole in zip(busy, lasted, strict=True)
-        ),
+        overlap_efficiency=efficiency,
         hit_rate=_share(hits[False] + hits[True]),
         hit_rate_after_hit=_share(hits[True]),
         hit_rate_after_miss=_share(hits[False]),
@@ -247,59 +268,23 @@ def summarize(rounds: Sequence[Round]) -> TimelineSummary | None:
     )
 
 
-def _decode(
-    model: Model,
-    ssd: SSD,
-    batch: Batch,
-    watchers: ThreadPoolExecutor,
-    clock: ClockNs,
-    *,
-    most_rounds: int,
-) -> list[_Underway]:
-    """Rounds dispatched as `engine.ssd` does it: the host looks at outcomes two rounds old."""
-    speculator, draft = ssd.speculator, ssd.draft
-    target_home, draft_home = home(model), home(draft)
-    rate = ssd.synthetic_acceptance
-    acceptance = None if rate is None else jax.device_put(np.float32(rate), target_home)
-    run = speculative_speculative(model, ssd).prefill(batch)
-    target, stats, state, outcome = run.target, run.stats, run.speculator, run.outcome
-    jax.block_until_ready((target, stats, state, outcome))
-    rounds: list[_Underway] = []
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _Underway:
+    """A round on its way: when its results are seen, and what the draft and the outcome say."""
 
-    def when(result: jax.Array) -> Future[int]:
-        return watchers.submit(lambda: (jax.block_until_ready(result), clock())[1])
+    dispatched: int
+    seen: dict[Program, Future[int]]
+    said: dict[Program, jax.Array]
 
-    while len(rounds) < most_rounds:
-        if len(rounds) > 1 and np.all(jax.device_get(rounds[-2].outcome)[:, 2]):
-            break
-        dispatched = clock()
-        state, message, law = propose(speculator, draft.params, run.draft_sampling, state, outcome)
-        proposed = when(message)
-        target, stats, outcome = verify_draft(
-            model.config,
-            model.params,
-            run.target_sampling,
-            target,
-            stats,
-            *jax.device_put((message, law), target_home),
-            acceptance,
-            verification=ssd.verification,
+    @property
+    def stamps(self) -> Stamps:
+        """When all that happened, waited for."""
+        return Stamps(
+            dispatched=self.dispatched,
+            proposed=self.seen["propose"].result(),
+            verified=self.seen["verify"].result(),
+            prepared=self.seen["prepare"].result(),
         )
-        verified = when(outcome)
-        state = prepare(speculator, draft.params, run.draft_sampling, state)
-        prepared = when(_mark(state.prepared.bonus_token))
-        rounds.append(
-            _Underway(
-                dispatched=dispatched,
-                message=message,
-                outcome=outcome,
-                proposed=proposed,
-                verified=verified,
-                prepared=prepared,
-            )
-        )
-        outcome = jax.device_put(outcome, draft_home)
-    return rounds
 
 
 @jax.jit

@@ -14,12 +14,14 @@ import numpy as np
 from jax.sharding import Sharding
 from scipy.optimize import nnls
 
-from ssd_jax.decoding.ssd import Fallback, prepare, propose
+from ssd_jax.decoding.ssd import prepare, propose
 from ssd_jax.engine.batch import Batch, make_batch, make_requests
+from ssd_jax.engine.counts import LookupCounts
 from ssd_jax.engine.round_times import CONTEXT, measure_pass_times
-from ssd_jax.engine.ssd import SSD, speculative_speculative
+from ssd_jax.engine.ssd import speculative_speculative
+from ssd_jax.engine.ssd_options import SSD, Fallback
 from ssd_jax.fan_out import FanOut, branch_layout, uniform_fan_out
-from ssd_jax.generation import LookupCounts, generate
+from ssd_jax.generation import generate
 from ssd_jax.model import Model
 from ssd_jax.placement import home
 from ssd_jax.sampling_params import SamplingParams

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from ssd_jax.decoding.ssd import Fallback
+from ssd_jax.engine.ssd_options import Fallback
 from ssd_jax.errors import RequestError
 from ssd_jax.fan_out import FanOut, measured_fan_out
 

@@ -4,8 +4,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import get_args
 
-from ssd_jax.decoding.ssd import Fallback
-from ssd_jax.engine.ssd import SSD
+from ssd_jax.engine.ssd_options import SSD, Fallback
 from ssd_jax.model import Model
 from ssd_jax.sampling_params import SamplingParams
 from ssd_jax.tuning.measuring import (

@@ -6,8 +6,8 @@ import tomllib
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
-from ssd_jax.decoding.ssd import Fallback
 from ssd_jax.engine.speculation import check_draft_len
+from ssd_jax.engine.ssd_options import check_preparation
 from ssd_jax.errors import ConfigError, RequestError, SsdJaxError
 from ssd_jax.fan_out import FanOut
 from ssd_jax.tuning.speed import Setting, Times
@@ -49,15 +49,7 @@ class Choice:
     def __post_init__(self) -> None:
         check_draft_len(self.draft_len)
         fan_out = FanOut(after_hit=self.fan_out_after_hit, after_miss=self.fan_out_after_miss)
-        if len(fan_out.after_hit) != self.draft_len + 1:
-            raise RequestError(
-                f"The fan-out lists for draft_len {self.draft_len} should have "
-                f"{self.draft_len + 1} numbers, got {len(fan_out.after_hit)}."
-            )
-        if self.fallback not in get_args(Fallback):
-            raise RequestError(f"fallback must be neural or ngram, got {self.fallback!r}.")
-        if not 0 <= self.miss_weight <= 1:
-            raise RequestError(f"miss_weight must be from 0 to 1, got {self.miss_weight}.")
+        check_preparation(self.draft_len, fan_out, self.fallback, self.miss_weight)
 
     @property
     def setting(self) -> Setting:

@@ -1,5 +1,4 @@
 import ast
-import gzip
 import json
 
 import pytest
@@ -12,11 +11,10 @@ from bench.record import write_record
 from bench.workloads import (
     library_functions,
     own_workload,
-    read_workload,
     renaming_prompt,
     repeated_share,
 )
-from ssd_jax.errors import RequestError
+from ssd_jax.errors import ConfigError, RequestError
 from ssd_jax.fan_out import FanOut
 
 tokens = st.lists(st.integers(0, 2), max_size=24)
@@ -46,43 +44,6 @@ def test_repeated_share_counts_runs_that_begin_in_the_prompt():
     prompt = [1, 2, 3, 4, 5, 9, 1, 2]
     assert repeated_share(prompt, [3, 4, 5, 7], run=3) == 0.75
     assert repeated_share(prompt, [3, 4, 5, 7], run=6) == 0
-
-
-@given(prompts=st.lists(st.text(min_size=1), min_size=1, max_size=5))
-def test_read_workload_returns_the_prompts_of_plain_and_gzipped_files(prompts, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("prompts")
-    text = "\n\n".join(json.dumps({"prompt": prompt, "other": 1}) for prompt in prompts)
-    (folder / "a.jsonl").write_text(text, encoding="utf-8")
-    (folder / "a.jsonl.gz").write_bytes(gzip.compress(text.encode()))
-    for name in ("a.jsonl", "a.jsonl.gz"):
-        assert read_workload(folder / name).prompts == tuple(prompts)
-
-
-@pytest.mark.parametrize(
-    "line",
-    [b"{", b"[]", b'"prompt"', b'{"text": "a"}', b'{"prompt": 1}', b'{"prompt": ""}', b"\xff{}"],
-)
-def test_read_workload_names_file_and_line_of_a_bad_prompt(tmp_path, line):
-    path = tmp_path / "bad.jsonl"
-    path.write_bytes(b'{"prompt": "a"}\n\n' + line + b"\n")
-    with pytest.raises(RequestError, match=r"bad\.jsonl, line 3"):
-        read_workload(path)
-
-
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        ("empty.jsonl", b""),
-        ("no.jsonl.gz", b"not gzip"),
-        ("cut.jsonl.gz", gzip.compress(b'{"prompt": "a"}')[:-9]),
-        ("absent.jsonl", None),
-    ],
-)
-def test_read_workload_names_a_file_without_prompts(tmp_path, name, content):
-    if content is not None:
-        (tmp_path / name).write_bytes(content)
-    with pytest.raises(RequestError, match=name):
-        read_workload(tmp_path / name)
 
 
 def test_own_workload_refuses_an_unknown_name():
@@ -124,7 +85,7 @@ def test_write_record_replaces_a_file_and_leaves_no_other(tmp_path):
 
 
 def test_write_record_names_a_file_it_cannot_write(tmp_path):
-    with pytest.raises(RequestError, match="record"):
+    with pytest.raises(ConfigError, match="record"):
         write_record({}, tmp_path / "absent" / "record.json")
 
 

@@ -14,7 +14,8 @@ from ssd_jax.decoding.ssd import prepare, propose
 from ssd_jax.drafting.ngram import NgramConfig
 from ssd_jax.engine.method import autoregressive, speculative
 from ssd_jax.engine.speculation import RoundTimes, Speculation
-from ssd_jax.engine.ssd import SSD, speculative_speculative
+from ssd_jax.engine.ssd import speculative_speculative
+from ssd_jax.engine.ssd_options import SSD
 
 pytestmark = pytest.mark.skipif(
     jax.default_backend() != "cpu", reason="other backends schedule copies of their own"

@@ -11,6 +11,7 @@ from ssd_jax import generation, memory
 from ssd_jax.engine import method
 from ssd_jax.errors import MemoryBudgetError
 from ssd_jax.kv_cache import cache_bytes, init_cache
+from ssd_jax.model import transpose_output
 from ssd_jax.sampling_params import SamplingParams
 
 
@@ -20,6 +21,9 @@ def test_params_bytes_is_what_the_weights_take(name, dtype):
     params = jax.tree.map(lambda leaf: leaf.astype(dtype), tiny(name).params)
     taken = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     assert memory.params_bytes(CONFIGS[name], jnp.dtype(dtype)) == taken
+    params = transpose_output(params)
+    taken = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    assert memory.params_bytes(CONFIGS[name], jnp.dtype(dtype), own_output=True) == taken
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

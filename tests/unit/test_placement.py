@@ -14,7 +14,7 @@ from speculation_cases import DRAFT_LEN, PROMPTS, assert_same_outputs
 from ssd_cases import FAIR, FAN_OUT, LONG, hit_rate
 from tiny_models import CONFIGS, make_tiny, perturbed, tiny_tokenizer
 
-from ssd_jax.engine.ssd import SSD
+from ssd_jax.engine.ssd_options import SSD
 from ssd_jax.errors import ConfigError
 from ssd_jax.generation import generate
 from ssd_jax.model import Model
@@ -226,7 +226,6 @@ def test_two_halves_of_a_cpu_are_two_devices():
 
 
 @can_split
-@pytest.mark.slow
 def test_splitting_too_late_or_too_much_is_refused():
     assert "must come before JAX runs anything" in python(TOO_LATE)
     lines = python(TOO_MANY).splitlines()

@@ -105,7 +105,10 @@ def test_rows_that_rest_and_draft_again_have_no_holes(model, drafts, combined):
             batch.sampling,
             target,
             own,
-            draft_room(batch.sampling, target, drafter),
+            jnp.broadcast_to(
+                draft_room(batch.sampling, target, drafter.draft_len),
+                (len(names), len(batch.lengths)),
+            ),
         )[0]
     )
     prompts, options = zip(*RESTING, strict=True)

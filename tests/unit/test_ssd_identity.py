@@ -18,7 +18,7 @@ from ssd_cases import BAD, FAIR, FAN_OUT, GOOD, LONG, draft, hit_rate, ssd, targ
 from tiny_models import FAMILY_NAMES, perturbed, prompt_ids
 
 from ssd_jax.drafting.ngram import NgramConfig
-from ssd_jax.engine.ssd import SSD
+from ssd_jax.engine.ssd_options import SSD
 from ssd_jax.fan_out import FanOut, geometric_fan_out
 from ssd_jax.generation import generate
 

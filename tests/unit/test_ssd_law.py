@@ -8,7 +8,7 @@ from speculation_cases import FALSE_ALARM
 from test_speculative_law import LAWS, NGRAM, PROMPTS, TINY_VOCABULARY, joint_law, p_value
 from tiny_models import make_tiny, perturbed
 
-from ssd_jax.engine.ssd import SSD
+from ssd_jax.engine.ssd_options import SSD
 from ssd_jax.generation import generate
 
 NUM_ROWS = 4096

@@ -6,7 +6,7 @@ import pytest
 from speculation_cases import assert_same_outputs
 from test_option_matrix import BASE, PROMPT, ROWS, as_params, cases, pair, plain, respects
 
-from ssd_jax.engine.ssd import SSD
+from ssd_jax.engine.ssd_options import SSD
 from ssd_jax.errors import RequestError
 from ssd_jax.generation import generate
 

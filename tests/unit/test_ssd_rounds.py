@@ -13,7 +13,7 @@ from tiny_models import prompt_ids, reference_law, reference_penalties
 
 from ssd_jax.decoding.finish import Finish
 from ssd_jax.engine.batch import make_batch, make_requests
-from ssd_jax.engine.method import read_prompts
+from ssd_jax.engine.prompts import read_prompts
 from ssd_jax.model import Model
 from ssd_jax.sampling import Purpose, gumbel_noise
 from ssd_jax.sampling_params import SamplingParams
@@ -148,9 +148,8 @@ def test_both_caches_are_those_of_a_fresh_prefill(scale, fallback):
 def fresh_cache(model, texts):
     """What a prefill of all tokens but each text's last one gives."""
     params = SamplingParams(max_tokens=1, seed=0)
-    return jax.device_get(
-        read_prompts(model, make_batch(model, make_requests(model, texts, params)))
-    )
+    batch = make_batch(model, make_requests(model, texts, params))
+    return jax.device_get(read_prompts(model, batch).cache)
 
 
 def test_nothing_is_prepared_before_the_first_round():

@@ -10,7 +10,7 @@ from speculation_cases import DRAFT_LEN, FALSE_ALARM, GREEDY, PROMPTS
 from ssd_cases import BAD, FAIR, FAN_OUT, GOOD, LONG, draft, rounds, ssd, target
 
 from ssd_jax.decoding.finish import Finish
-from ssd_jax.engine.ssd import SSD
+from ssd_jax.engine.ssd_options import SSD
 from ssd_jax.errors import RequestError
 from ssd_jax.fan_out import FanOut
 from ssd_jax.generation import generate

@@ -16,7 +16,7 @@ from tiny_models import prompt_ids
 
 import pallas_kernels
 from ssd_jax.decoding.ssd import prepare, propose
-from ssd_jax.engine.ssd import SSD
+from ssd_jax.engine.ssd_options import SSD
 from ssd_jax.models import branches
 from ssd_jax.sampling_params import SamplingParams
 from ssd_jax.types import Draft

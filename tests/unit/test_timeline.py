@@ -15,9 +15,6 @@ from ssd_jax.timeline.rounds import Stamps, lay_out, record_rounds, summarize
 from ssd_jax.timeline.trace import DRAFT, TARGET, trace_json
 
 MS = 10**6  # nanoseconds
-needs_matplotlib = pytest.mark.skipif(
-    importlib.util.find_spec("matplotlib") is None, reason="matplotlib is not installed"
-)
 
 
 def pipeline(num_rounds=12, propose=1, verify=8, prepare=5, gap=0, every_miss=4, start=70):
@@ -87,7 +84,7 @@ def test_summary_of_a_pipeline_that_waits_for_nothing():
     assert summary.prepare_s == pytest.approx(0.005)
     assert summary.hit_s == pytest.approx(0.001)
     assert summary.miss_s == pytest.approx(0.003)
-    assert summary.overlap_efficiency == pytest.approx(1)
+    assert summary.overlap_efficiency is None
     assert summary.waiting_share == 0
     # Rounds 4 and 8 of 1 to 11 missed, both after a hit; rounds 1, 5 and 9 followed a miss.
     assert summary.hit_rate == pytest.approx(9 / 11)
@@ -96,9 +93,26 @@ def test_summary_of_a_pipeline_that_waits_for_nothing():
     assert summary.mean_accepted == pytest.approx(1.5)
 
 
-@pytest.mark.parametrize(("gap", "efficiency"), [(1, 9 / 10), (9, 1 / 2)])
-def test_a_host_that_is_late_costs_efficiency(gap, efficiency):
-    assert summarize(rounds_of(gap=gap)).overlap_efficiency == pytest.approx(efficiency)
+@pytest.mark.parametrize(
+    ("round_takes", "efficiency"),
+    [
+        ({}, 1),
+        ({"gap": 1}, 9 / 10),  # the host is late
+        ({"gap": 9}, 1 / 2),
+        ({"verify": 11}, 9 / 12),  # verification is slowed down by what runs beside it
+    ],
+)
+def test_efficiency_is_what_the_programs_take_alone_over_the_round(round_takes, efficiency):
+    alone = rounds_of()  # of 1 + max(8, 5) milliseconds
+    summary = summarize(rounds_of(**round_takes), alone)
+    assert summary.overlap_efficiency == pytest.approx(efficiency)
+
+
+def test_in_lockstep_preparation_begins_after_verification():
+    stamps = [Stamps(dispatched=0, proposed=1 * MS, verified=9 * MS, prepared=14 * MS)]
+    (one,) = lay_out(stamps, *said(1), num_rows=1, lockstep=True)
+    assert (one.verify.start, one.verify.end) == (0.001, 0.009)
+    assert (one.prepare.start, one.prepare.end) == (0.009, 0.014)
 
 
 def test_summary_counts_rounds_that_wait_for_the_draft():
@@ -110,7 +124,8 @@ def test_summary_of_too_few_rounds_is_none():
     assert summarize(rounds_of()[:3]) is not None
 
 
-def test_recorded_rounds_are_those_of_generate():
+@pytest.mark.parametrize("lockstep", [False, True])
+def test_recorded_rounds_are_those_of_generate(lockstep):
     tick, lock = itertools.count(), threading.Lock()
 
     def clock():
@@ -118,7 +133,7 @@ def test_recorded_rounds_are_those_of_generate():
             return next(tick)
 
     model, options = target(), ssd(FAIR)
-    rounds = record_rounds(model, options, PROMPTS, GREEDY, clock=clock)
+    rounds = record_rounds(model, options, PROMPTS, GREEDY, lockstep=lockstep, clock=clock)
     completions = generate(model, PROMPTS, GREEDY, speculation=options)
     for row, completion in enumerate(completions):
         own = [entry for one in rounds for entry in one.rows if entry.row == row]
@@ -127,7 +142,8 @@ def test_recorded_rounds_are_those_of_generate():
         assert sum(entry.num_accepted for entry in own) == counts.total.num_accepted_tokens
         assert sum(entry.was_hit for entry in own) == sum(counts.lookups.hits)
     for one in rounds:
-        assert one.propose.start <= one.propose.end == one.verify.start == one.prepare.start
+        assert one.propose.start <= one.propose.end == one.verify.start
+        assert one.prepare.start == (one.verify.end if lockstep else one.propose.end)
         assert one.verify.start <= one.verify.end
         assert one.prepare.start <= one.prepare.end
 
@@ -153,7 +169,6 @@ def test_trace_is_one_process_with_a_thread_for_each_device_in_microseconds():
     assert verify["args"] == {"round": 0, "prepared": [False], "accepted": [0]}
 
 
-@needs_matplotlib
 def test_picture_shows_what_changes():
     usual, other = ssd(FAIR), ssd(FAIR, draft_len=2, fan_out=2)
     pictures = [

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tuning_cases import times, tuned
 
+from ssd_jax.engine.counts import LookupCounts
 from ssd_jax.errors import ConfigError
 from ssd_jax.fan_out import FanOut, branch_layout, uniform_fan_out
-from ssd_jax.generation import LookupCounts
 from ssd_jax.tuning.measuring import fit_prepare, read_outcomes, without_delays
 from ssd_jax.tuning.speed import (
     WAIT_MUST_GAIN,

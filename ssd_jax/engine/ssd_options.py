@@ -1,0 +1,117 @@
+"""What speculative speculative decoding is asked to do."""
+
+import dataclasses
+from typing import Literal, get_args
+
+from ssd_jax.decoding.ssd import Speculator
+from ssd_jax.drafting.ngram import NgramConfig
+from ssd_jax.engine.speculation import DEFAULT_DRAFT_LEN, check_draft_len, check_verification
+from ssd_jax.errors import RequestError
+from ssd_jax.fan_out import FanOut, uniform_fan_out
+from ssd_jax.model import Model
+from ssd_jax.placement import branch_mesh
+from ssd_jax.verification import Verification
+
+Fallback = Literal["neural", "ngram"]
+DEFAULT_GUESSES = 3
+NAMES = ("prepared", "fallback")  # of those who draft
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class SSD:
+    """Speculative speculative decoding: drafts are prepared while others are verified.
+
+    Target and draft overlap where their weights lie on different devices (see `placement`).
+
+    Attributes:
+        draft: the model that proposes tokens; its vocabulary must be the target's.
+        draft_len: most tokens in a draft, 1 to 64.
+        fan_out: how many bonus tokens are guessed for 0, 1, ... draft_len accepted tokens: two
+            lists, one list for both (after a hit and after a miss), or one number for all.
+        fallback: who drafts where an outcome was not prepared: "neural" is the draft model while
+            the target waits, "ngram" copies at once what followed the same tokens before.
+        ngram: options of the n-gram fallback; `max_draft` is the draft_len here.
+        verification: as in `Speculation`.
+        miss_weight: the C of Saguaro sampling, 0 to 1, for verification "rejection": below 1 the
+            draft avoids its likeliest tokens, so that rejections are guessed more often.
+        synthetic_acceptance: as in `Speculation`. The guesses still follow the models, so that the
+            hit rate is not that of two models which agree so often.
+    """
+
+    draft: Model
+    draft_len: int = DEFAULT_DRAFT_LEN
+    fan_out: FanOut | tuple[int, ...] | int = DEFAULT_GUESSES
+    fallback: Fallback = "neural"
+    ngram: NgramConfig = dataclasses.field(default_factory=NgramConfig)
+    verification: Verification = "coupled"
+    miss_weight: float = 1.0
+    synthetic_acceptance: float | None = None
+
+    def __post_init__(self) -> None:
+        check_draft_len(self.draft_len)
+        check_verification(self.verification, self.synthetic_acceptance)
+        object.__setattr__(self, "fan_out", self.both_fan_outs)
+        check_preparation(self.draft_len, self.both_fan_outs, self.fallback, self.miss_weight)
+        if self.miss_weight != 1 and self.verification != "rejection":
+            raise RequestError(
+                "miss_weight reweights the law that drafts are drawn from, which only verification "
+                f"rejection knows, got {self.verification}: leave it at 1 or choose rejection."
+            )
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Whose drafts are told apart."""
+        return NAMES
+
+    @property
+    def longest_draft(self) -> int:
+        """Most tokens in a draft."""
+        return self.draft_len
+
+    @property
+    def both_fan_outs(self) -> FanOut:
+        """The fan-out as two lists."""
+        if isinstance(self.fan_out, FanOut):
+            return self.fan_out
+        if isinstance(self.fan_out, int):
+            counts = uniform_fan_out(self.draft_len, self.fan_out)
+        else:
+            counts = tuple(self.fan_out)
+        return FanOut(after_hit=counts, after_miss=counts)
+
+    @property
+    def own_ngram(self) -> NgramConfig | None:
+        """Options of the n-gram fallback, None if the draft model is the fallback."""
+        if self.fallback == "neural":
+            return None
+        return dataclasses.replace(self.ngram, max_draft=self.draft_len, min_draft=1)
+
+    @property
+    def speculator(self) -> Speculator:
+        """The options as the programs take them."""
+        return Speculator(
+            config=self.draft.config,
+            draft_len=self.draft_len,
+            fan_out=self.both_fan_outs,
+            verification=self.verification,
+            ngram=self.own_ngram,
+            miss_weight=float(self.miss_weight),
+            mesh=branch_mesh(self.draft),
+        )
+
+
+def check_preparation(draft_len: int, fan_out: FanOut, fallback: str, miss_weight: float) -> None:
+    """Refuse options of preparing drafts that are out of range or do not go together.
+
+    Raises:
+        RequestError: naming the first such option.
+    """
+    if len(fan_out.after_hit) != draft_len + 1:
+        raise RequestError(
+            f"A fan-out for draft_len {draft_len} has {draft_len + 1} numbers (for 0 to "
+            f"{draft_len} accepted tokens), got {len(fan_out.after_hit)}."
+        )
+    if fallback not in get_args(Fallback):
+        raise RequestError(f"fallback must be neural or ngram, got {fallback!r}.")
+    if not 0 <= miss_weight <= 1:
+        raise RequestError(f"miss_weight must be from 0 to 1, got {miss_weight!r}.")
