@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tiny_models import CONFIGS, prompt_ids, tiny
 
 from ssd_jax import generation, memory
-from ssd_jax.engine import method
+from ssd_jax.engine import method, prompts
 from ssd_jax.errors import MemoryBudgetError
 from ssd_jax.kv_cache import cache_bytes, init_cache
 from ssd_jax.model import transpose_output
@@ -58,8 +58,12 @@ def test_a_refusal_names_both_figures_and_the_way_out(monkeypatch):
 
 def test_a_batch_that_cannot_fit_allocates_nothing(monkeypatch):
     monkeypatch.setattr(memory, "available_bytes", lambda device: 10_000)
-    for program in ("initial_state", "prefill_chunk", "decode"):
-        monkeypatch.setattr(method, program, lambda *args, **kwargs: pytest.fail("ran"))
+    for module, program in (
+        (prompts, "initial_state"),
+        (prompts, "prefill_chunk"),
+        (method, "decode"),
+    ):
+        monkeypatch.setattr(module, program, lambda *args, **kwargs: pytest.fail("ran"))
     with pytest.raises(MemoryBudgetError, match=r"batch of 4 rows with 128 tokens"):
         generation.generate(tiny("llama").model, [prompt_ids(5)] * 3, SamplingParams(max_tokens=4))
 
