@@ -86,8 +86,9 @@ class TimelineSummary:
         miss_s: proposing where a row missed; None if that never happened.
         verify_s: verifying.
         prepare_s: preparing.
-        overlap_efficiency: the least that the round could take, which is propose and the longer of
-            verify and prepare as they take in lockstep, over what it took; None without a lockstep.
+        overlap_efficiency: the least that a round could take, which is propose and the longer of
+            verify and prepare as they take in lockstep, over what it took (medians both); None
+            without a lockstep.
         hit_rate: of rows; None without any.
         hit_rate_after_hit: of rows whose draft before was prepared.
         hit_rate_after_miss: of the others.
@@ -244,9 +245,7 @@ def summarize(
             one.propose.seconds + max(one.verify.seconds, one.prepare.seconds)
             for one in lockstep[1:-1]
         ]
-        efficiency = statistics.median(
-            best / whole for best, whole in zip(least, lasted, strict=True)
-        )
+        efficiency = statistics.median(least) / statistics.median(lasted)
     hits: dict[bool, list[bool]] = {False: [], True: []}
     for before, one in itertools.pairwise(rounds):
         kinds = {row.row: row.was_hit for row in before.rows}

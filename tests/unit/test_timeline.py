@@ -108,6 +108,17 @@ def test_efficiency_is_what_the_programs_take_alone_over_the_round(round_takes, 
     assert summary.overlap_efficiency == pytest.approx(efficiency)
 
 
+def test_a_round_seen_too_late_to_last_at_all_does_not_matter():
+    """A thread that wakes up late may see a round begin and end at the same time."""
+    stamps = pipeline()
+    late = stamps[5].prepared + 1
+    stamps[4] = Stamps(dispatched=0, proposed=late, verified=late, prepared=late)
+    stamps[5] = Stamps(dispatched=0, proposed=late, verified=late, prepared=late)
+    rounds = lay_out(stamps, *said(), num_rows=1)
+    assert rounds[5].verify.seconds == 0
+    assert summarize(rounds, rounds_of()).overlap_efficiency == pytest.approx(1)
+
+
 def test_in_lockstep_preparation_begins_after_verification():
     stamps = [Stamps(dispatched=0, proposed=1 * MS, verified=9 * MS, prepared=14 * MS)]
     (one,) = lay_out(stamps, *said(1), num_rows=1, lockstep=True)
