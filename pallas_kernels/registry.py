@@ -1,32 +1,183 @@
 """Which implementations an op has, and why each of them can or cannot run.
 
-An implementation states in words why it does not support a device.
+An implementation lives in a module whose `KERNELS` says what it implements. It states in words why
+it does not run: first for a device (cheap, and what `ssd-jax doctor` shows), then for a call.
 """
 
 import dataclasses
-from collections.abc import Callable
+import importlib
+import importlib.util
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
+
+XLA = "xla"
+
+
+class UnsupportedError(NotImplementedError):
+    """A named implementation cannot run this call; the message says why."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Kernel:
+    """One op as one module computes it.
+
+    `unsupported` takes what `run` takes, shapes in place of arrays, and returns why `run` cannot
+    compute that, or None.
+    """
+
+    run: Callable[..., Any]
+    unsupported: Callable[..., str | None]
+
+
+def supports_everything(*arrays: Any, **options: Any) -> str | None:  # noqa: ANN401
+    """None: no call is beyond this kernel."""
+    del arrays, options
+    return None
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Chip:
+    """What a device must tell for a choice; `capability` is (major, minor), CUDA devices only."""
+
+    platform: str
+    kind: str
+    capability: tuple[int, int] | None
+
+
+def chip_of(device: jax.Device) -> Chip:
+    """The chip that a device is."""
+    parts = str(getattr(device, "compute_capability", "")).split(".")
+    known = len(parts) == 2 and all(part.isdecimal() for part in parts)
+    capability = (int(parts[0]), int(parts[1])) if known else None
+    return Chip(platform=device.platform, kind=device.device_kind, capability=capability)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Implementation:
-    """One way to compute an op; `unsupported` says why it cannot run on a device, or None."""
+    """One way to compute an op: its module is imported once a device and a call fit.
+
+    `capabilities` are the CUDA devices it is for; none of them means that every device will do.
+    `needs` is a package it imports besides jax.
+    """
 
     name: str
-    unsupported: Callable[[jax.Device], str | None]
+    module: str
+    capabilities: tuple[tuple[int, int], ...] = ()
+    needs: str | None = None
 
+    def unsupported_chip(self, chip: Chip) -> str | None:
+        """Why it cannot run on this chip, or None."""
+        if self.capabilities and chip.capability not in self.capabilities:
+            wanted = " or ".join(f"sm_{major}{minor}" for major, minor in self.capabilities)
+            return f"needs a GPU of {wanted}, and this device is {_describe(chip)}"
+        if self.needs is not None and importlib.util.find_spec(self.needs) is None:
+            return f"needs the package {self.needs}, which is not installed"
+        return None
+
+    def kernel(self, op: str) -> Kernel:
+        """What the module says about the op."""
+        return importlib.import_module(self.module).KERNELS[op]
+
+    def unsupported_call(
+        self, op: str, chip: Chip, arrays: tuple[Any, ...], options: Mapping[str, Any]
+    ) -> str | None:
+        """Why it cannot compute this call on this chip, or None."""
+        return self.unsupported_chip(chip) or self.kernel(op).unsupported(*arrays, **options)
+
+
+def choose(
+    implementations: tuple[Implementation, ...],
+    op: str,
+    chip: Chip,
+    arrays: tuple[Any, ...],
+    options: Mapping[str, Any],
+    named: str | None,
+) -> Implementation:
+    """The named implementation, or the first that can compute the call.
+
+    Raises:
+        UnsupportedError: The named one cannot.
+        ValueError: No implementation has that name.
+    """
+    if named is None:
+        return next(
+            one
+            for one in implementations
+            if one.unsupported_call(op, chip, arrays, options) is None
+        )
+    for one in implementations:
+        if one.name == named:
+            reason = one.unsupported_call(op, chip, arrays, options)
+            if reason is not None:
+                raise UnsupportedError(
+                    f"The implementation {named!r} of {op} cannot run: it {reason}; "
+                    "name another, or none to get the first that can."
+                )
+            return one
+    names = ", ".join(one.name for one in implementations)
+    raise ValueError(f"{op} has no implementation {named!r}: name one of {names}, or none.")
+
+
+def _describe(chip: Chip) -> str:
+    if chip.capability is None:
+        return chip.kind
+    return f"{chip.kind} (sm_{chip.capability[0]}{chip.capability[1]})"
+
+
+_XLA = (Implementation(name=XLA, module="pallas_kernels.reference"),)
+
+# Each lists only chips that it was compiled for in tests.
+_ATTENTION = (
+    Implementation(
+        name="mosaic_sm100", module="pallas_kernels.forward_sm100", capabilities=((10, 0),)
+    ),
+    Implementation(
+        name="mosaic_sm90", module="pallas_kernels.forward_sm90", capabilities=((9, 0),)
+    ),
+    *_XLA,
+)
+_ATTENTION_BACKWARD = (
+    Implementation(
+        name="mosaic_sm100", module="pallas_kernels.backward_sm100", capabilities=((10, 0),)
+    ),
+    *_XLA,
+)
+_DECODE = (
+    Implementation(
+        name="mosaic_sm100", module="pallas_kernels.decode_sm100", capabilities=((10, 0),)
+    ),
+    Implementation(
+        name="triton",
+        module="pallas_kernels.decode_triton",
+        capabilities=((8, 0), (8, 6), (8, 9), (12, 0)),
+        needs="jax_triton",
+    ),
+    *_XLA,
+)
 
 IMPLEMENTATIONS: dict[str, tuple[Implementation, ...]] = {
-    "cached_attention": (Implementation(name="xla", unsupported=lambda device: None),),
-    "tree_attention": (Implementation(name="xla", unsupported=lambda device: None),),
+    "attention": _ATTENTION,
+    "attention_backward": _ATTENTION_BACKWARD,
+    "decode_attention": _DECODE,
+    "verify_attention": _DECODE,
+    "ancestor_attention": _DECODE,
+    "tree_attention": _DECODE,
 }
 
 
 def explain(device: jax.Device) -> list[tuple[str, str, str]]:
-    """For each op its implementations on this device: (op, name, "runs" or the reason why not)."""
-    return [
-        (op, implementation.name, implementation.unsupported(device) or "runs")
-        for op, implementations in IMPLEMENTATIONS.items()
-        for implementation in implementations
-    ]
+    """For each op its implementations on this device, in the order in which they are tried.
+
+    Each is (op, name, status). The status is "chosen" for the first that runs here, "next choice"
+    for what takes the calls that the ones before it do not support, or else why it cannot run.
+    """
+    chip, rows = chip_of(device), []
+    for op, implementations in IMPLEMENTATIONS.items():
+        status = "chosen"
+        for one in implementations:
+            reason = one.unsupported_chip(chip)
+            rows.append((op, one.name, status if reason is None else reason))
+            status = "next choice" if reason is None else status
+    return rows

@@ -4,6 +4,8 @@ from jaxtyping import Array, Float, Int
 
 import pallas_kernels
 
+_PROMPT_TOKENS = 128  # from here on a pass is a prompt's chunk and not the check of a draft
+
 
 def attend(
     query: Float[Array, "B T N H"],
@@ -15,7 +17,13 @@ def attend(
 
     Token t of row b sits in slot start[b] + t and sees the slots up to its own.
     """
-    return pallas_kernels.cached_attention(query, keys, values, start)
+    num_tokens = query.shape[1]
+    if num_tokens == 1:
+        return pallas_kernels.decode_attention(query[:, 0], keys, values, start + 1)[:, None]
+    if num_tokens < _PROMPT_TOKENS:
+        return pallas_kernels.verify_attention(query, keys, values, start)
+    keys, values = keys.swapaxes(1, 2), values.swapaxes(1, 2)
+    return pallas_kernels.attention(query, keys, values, start=start, causal=True)
 
 
 def attend_branches(

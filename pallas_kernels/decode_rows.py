@@ -1,0 +1,160 @@
+"""The ops on caches as one problem: rows of queries, each with a limit and 64 bits.
+
+A kernel that solves that problem implements decode, verify, ancestor and tree attention at once.
+The rows of a kv head are its query heads of every token, token by token. A row sees the slots
+before its limit, and slot limit + i if bit i of its 64 bits is set.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, UInt32
+
+from pallas_kernels.combine import LOG2_E, combine
+from pallas_kernels.registry import Kernel
+
+_MOST_ROWS = 1024  # a prompt's chunk has more; that is a job for a prefill kernel
+_TREE_BITS = 64
+
+
+def kernels(
+    attend: Callable[..., tuple[Array, Array]],
+    unsupported: Callable[[Any, Any, Any], str | None],
+) -> dict[str, Kernel]:
+    """The four ops by way of `attend`, unless `unsupported(query, keys, values)` gives a reason.
+
+    `attend(rows [B K M H], keys [B K S H], values [B K S H], limits [B M], bits [B M 2] or None,
+    num_visible [B], scale=)` returns the attended rows [B K M H] and their LSE (base 2) [B K M],
+    float32. Bits are int32, the low word first; no row of b sees a slot from num_visible[b] on.
+    """
+
+    def decode(
+        query: Float[Array, "B N H"],
+        keys: Float[Array, "B K S H"],
+        values: Float[Array, "B K S H"],
+        lengths: Int[Array, "B"],
+        *,
+        scale: float,
+    ) -> Float[Array, "B N H"]:
+        out = ancestors_of_nobody(query[:, None], keys, values, lengths[:, None], scale)
+        return out[:, 0]
+
+    def verify(
+        query: Float[Array, "B T N H"],
+        keys: Float[Array, "B K S H"],
+        values: Float[Array, "B K S H"],
+        start: Int[Array, "B"],
+        *,
+        scale: float,
+    ) -> Float[Array, "B T N H"]:
+        seen = start[:, None] + jnp.arange(1, query.shape[1] + 1, dtype=start.dtype)
+        return ancestors_of_nobody(query, keys, values, seen, scale)
+
+    def ancestors_of_nobody(
+        query: Float[Array, "B T N H"],
+        keys: Float[Array, "B K S H"],
+        values: Float[Array, "B K S H"],
+        seen: Int[Array, "B T"],
+        scale: float,
+    ) -> Float[Array, "B T N H"]:
+        num_kv_heads = keys.shape[1]
+        rows = rows_of(query, num_kv_heads)
+        limits = jnp.repeat(seen, query.shape[2] // num_kv_heads, axis=1)
+        out, _ = attend(rows, keys, values, limits, None, jnp.max(seen, axis=1), scale=scale)
+        return tokens_of(out, query.shape[1]).astype(values.dtype)
+
+    def ancestor(
+        query: Float[Array, "B T N H"],
+        keys: Float[Array, "B K S H"],
+        values: Float[Array, "B K S H"],
+        prefix: Int[Array, "B"],
+        ancestors: UInt32[Array, "B T 2"],
+        *,
+        scale: float,
+    ) -> Float[Array, "B T N H"]:
+        num_kv_heads, num_slots = keys.shape[1:3]
+        group = query.shape[2] // num_kv_heads
+        rows = rows_of(query, num_kv_heads)
+        limits = jnp.broadcast_to(prefix[:, None], rows.shape[::2])
+        bits = jnp.repeat(jax.lax.bitcast_convert_type(ancestors, jnp.int32), group, axis=1)
+        num_visible = jnp.minimum(prefix + _TREE_BITS, num_slots)
+        out, _ = attend(rows, keys, values, limits, bits, num_visible, scale=scale)
+        return tokens_of(out, query.shape[1]).astype(values.dtype)
+
+    def tree(
+        query: Float[Array, "B R N H"],
+        trunk_keys: Float[Array, "B K S H"],
+        trunk_values: Float[Array, "B K S H"],
+        trunk_lengths: Int[Array, "B R"],
+        branch_keys: Float[Array, "B K J R H"],
+        branch_values: Float[Array, "B K J R H"],
+        step: Int[Array, ""],
+        *,
+        scale: float,
+    ) -> Float[Array, "B R N H"]:
+        num_kv_heads = trunk_keys.shape[1]
+        rows = rows_of(query, num_kv_heads)
+        limits = jnp.repeat(trunk_lengths, query.shape[2] // num_kv_heads, axis=1)
+        num_visible = jnp.max(trunk_lengths, axis=1)
+        trunk = attend(rows, trunk_keys, trunk_values, limits, None, num_visible, scale=scale)
+        own = _own_keys(rows, branch_keys, branch_values, step, scale)
+        outs, lses = (jnp.stack(parts, axis=2) for parts in zip(trunk, own, strict=True))
+        out, _ = combine(outs, lses, jnp.ones(lses.shape, bool))
+        return tokens_of(out, query.shape[1]).astype(trunk_values.dtype)
+
+    def refusal(query: Any, keys: Any, values: Any, *others: Any, scale: float) -> str | None:  # noqa: ANN401
+        del others, scale
+        num_rows = query.size // (query.shape[0] * keys.shape[1] * query.shape[-1])
+        if num_rows > _MOST_ROWS:
+            return f"takes up to {_MOST_ROWS} query rows a kv head, got {num_rows}"
+        return unsupported(query, keys, values)
+
+    return {
+        "decode_attention": Kernel(run=decode, unsupported=refusal),
+        "verify_attention": Kernel(run=verify, unsupported=refusal),
+        "ancestor_attention": Kernel(run=ancestor, unsupported=refusal),
+        "tree_attention": Kernel(run=tree, unsupported=refusal),
+    }
+
+
+def rows_of(query: Float[Array, "B T N H"], num_kv_heads: int) -> Float[Array, "B K M H"]:
+    """The query as rows of each kv head, token by token."""
+    batch, num_tokens, num_heads, head_dim = query.shape
+    query = query.reshape(batch, num_tokens, num_kv_heads, num_heads // num_kv_heads, head_dim)
+    return query.swapaxes(1, 2).reshape(batch, num_kv_heads, -1, head_dim)
+
+
+def tokens_of(rows: Float[Array, "B K M H"], num_tokens: int) -> Float[Array, "B T N H"]:
+    """The inverse of `rows_of`."""
+    batch, num_kv_heads, num_rows, head_dim = rows.shape
+    rows = rows.reshape(batch, num_kv_heads, num_tokens, num_rows // num_tokens, head_dim)
+    return rows.swapaxes(1, 2).reshape(batch, num_tokens, -1, head_dim)
+
+
+def _own_keys(
+    rows: Float[Array, "B K M H"],
+    keys: Float[Array, "B K J R H"],
+    values: Float[Array, "B K J R H"],
+    step: Int[Array, ""],
+    scale: float,
+) -> tuple[Float[Array, "B K M H"], Float[Array, "B K M"]]:
+    """Attention of each branch's rows to the branch's own keys of steps 0 .. step, and the LSE.
+
+    They are few: products and sums that XLA fuses, not matrix products.
+    """
+    batch, num_kv_heads, num_rows, head_dim = rows.shape
+    num_branches = keys.shape[3]
+    shape = (batch, num_kv_heads, num_branches, num_rows // num_branches, head_dim)
+    query = rows.reshape(shape).astype(jnp.float32)[:, :, :, :, None]  # [B K R G 1 H]
+    keys, values = (
+        x.astype(jnp.float32).swapaxes(2, 3)[:, :, :, None] for x in (keys, values)
+    )  # [B K R 1 J H]
+    scores = jnp.sum(query * keys, axis=-1) * jnp.float32(scale)
+    written = jnp.arange(scores.shape[-1], dtype=step.dtype) <= step
+    scores = jnp.where(written, scores, -jnp.inf)
+    lse = jax.nn.logsumexp(scores, axis=-1, keepdims=True)
+    out = jnp.sum(jnp.exp(scores - lse)[..., None] * values, axis=-2)
+    flat = (batch, num_kv_heads, num_rows)
+    return out.reshape(*flat, head_dim), lse.reshape(flat) * jnp.float32(LOG2_E)

@@ -1,0 +1,268 @@
+"""The public attention ops: checks, the choice of an implementation, gradients.
+
+Axis letters: B batch, T query tokens, S key/value slots, N query heads, K kv heads (N a multiple of
+K), H head dim, R branches, J steps of a branch. `scale` multiplies the scores, and is H**-0.5
+unless given. Every op takes the name of an implementation; without one the first runs that can
+compute the call, at the latest the XLA reference, which is the specification.
+"""
+
+import dataclasses
+import functools
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jaxtyping import Array, Float, Int, UInt32
+
+from pallas_kernels.registry import IMPLEMENTATIONS, XLA, chip_of, choose
+
+_logger = logging.getLogger(__name__)
+
+
+def attention(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S K H"],
+    value: Float[Array, "B S K H"],
+    *,
+    lengths: Int[Array, "B"] | None = None,
+    start: Int[Array, "B"] | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+    soft_cap: float | None = None,
+    window: int | None = None,
+    implementation: str | None = None,
+) -> Float[Array, "B T N H"]:
+    """Attention of a whole prompt, in the value's dtype; differentiable in query, key and value.
+
+    Token t has position start[b] + t (t without start). It sees the slots s < lengths[b] (all
+    without lengths), if causal only s <= its position, and with a window only s > position -
+    window. `soft_cap` c turns scores x into c * tanh(x / c). A token that sees nothing gets zeros.
+
+    Raises:
+        ValueError: Shapes or options that mean nothing, or an unknown implementation.
+        UnsupportedError: The named implementation cannot compute this.
+    """
+    prompt = _Prompt(
+        causal=causal,
+        scale=_scale(scale, query.shape[-1]),
+        soft_cap=soft_cap,
+        window=window,
+        with_lse=False,
+        implementation=implementation,
+    )
+    return _checked_attention(prompt, query, key, value, lengths, start)[0]
+
+
+def attention_with_lse(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S K H"],
+    value: Float[Array, "B S K H"],
+    *,
+    lengths: Int[Array, "B"] | None = None,
+    start: Int[Array, "B"] | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+    soft_cap: float | None = None,
+    window: int | None = None,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
+    """`attention`, and the natural logarithm of the sum of exponentiated scores, float32.
+
+    The LSE of a token that sees nothing is minus infinity.
+    """
+    prompt = _Prompt(
+        causal=causal,
+        scale=_scale(scale, query.shape[-1]),
+        soft_cap=soft_cap,
+        window=window,
+        with_lse=True,
+        implementation=implementation,
+    )
+    return _checked_attention(prompt, query, key, value, lengths, start)
+
+
+def decode_attention(
+    query: Float[Array, "B N H"],
+    keys: Float[Array, "B K S H"],
+    values: Float[Array, "B K S H"],
+    lengths: Int[Array, "B"],
+    *,
+    scale: float | None = None,
+    implementation: str | None = None,
+) -> Float[Array, "B N H"]:
+    """Attention of one token a row to the first lengths[b] slots, in the values' dtype.
+
+    Raises: as `attention`.
+    """
+    _check_heads(query.shape[1], keys.shape[1])
+    options = {"scale": _scale(scale, query.shape[-1])}
+    return _run("decode_attention", implementation, options, query, keys, values, lengths)
+
+
+def verify_attention(
+    query: Float[Array, "B T N H"],
+    keys: Float[Array, "B K S H"],
+    values: Float[Array, "B K S H"],
+    start: Int[Array, "B"],
+    *,
+    scale: float | None = None,
+    implementation: str | None = None,
+) -> Float[Array, "B T N H"]:
+    """Causal attention of a few tokens over a cache that holds them, in the values' dtype.
+
+    Token t of row b sits in slot start[b] + t and sees the slots 0 .. start[b] + t.
+
+    Raises: as `attention`.
+    """
+    _check_heads(query.shape[2], keys.shape[1])
+    options = {"scale": _scale(scale, query.shape[-1])}
+    return _run("verify_attention", implementation, options, query, keys, values, start)
+
+
+def ancestor_attention(
+    query: Float[Array, "B T N H"],
+    keys: Float[Array, "B K S H"],
+    values: Float[Array, "B K S H"],
+    prefix: Int[Array, "B"],
+    ancestors: UInt32[Array, "B T 2"],
+    *,
+    scale: float | None = None,
+    implementation: str | None = None,
+) -> Float[Array, "B T N H"]:
+    """Attention of the tokens of a tree that grows from a shared prefix, in the values' dtype.
+
+    Node i of the tree (i < 64) sits in slot prefix[b] + i. Token t sees all slots before prefix[b]
+    and the nodes whose bits are set in ancestors[b, t], the low word first; its own bit is among
+    them if it sees itself. Bits of nodes past the last slot mean nothing.
+
+    Raises: as `attention`.
+    """
+    _check_heads(query.shape[2], keys.shape[1])
+    options = {"scale": _scale(scale, query.shape[-1])}
+    arrays = (query, keys, values, prefix, ancestors)
+    return _run("ancestor_attention", implementation, options, *arrays)
+
+
+def tree_attention(
+    query: Float[Array, "B R N H"],
+    trunk_keys: Float[Array, "B K S H"],
+    trunk_values: Float[Array, "B K S H"],
+    trunk_lengths: Int[Array, "B R"],
+    branch_keys: Float[Array, "B K J R H"],
+    branch_values: Float[Array, "B K J R H"],
+    step: Int[Array, ""],
+    *,
+    scale: float | None = None,
+    implementation: str | None = None,
+) -> Float[Array, "B R N H"]:
+    """Attention of one token in each of R branches that grow from one trunk, in the values' dtype.
+
+    Branch r of row b sees trunk slots 0 .. trunk_lengths[b, r] - 1 and its own keys of steps
+    0 .. step, under one softmax. The trunk is read once for all branches.
+
+    Raises: as `attention`.
+    """
+    _check_heads(query.shape[2], trunk_keys.shape[1])
+    options = {"scale": _scale(scale, query.shape[-1])}
+    arrays = (trunk_keys, trunk_values, trunk_lengths, branch_keys, branch_values, step)
+    return _run("tree_attention", implementation, options, query, *arrays)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _Prompt:
+    """What of a call of `attention` is known when it is traced."""
+
+    causal: bool
+    scale: float
+    soft_cap: float | None
+    window: int | None
+    with_lse: bool
+    implementation: str | None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options of an implementation."""
+        return {
+            "causal": self.causal,
+            "scale": self.scale,
+            "soft_cap": self.soft_cap,
+            "window": self.window,
+        }
+
+
+def _checked_attention(
+    prompt: _Prompt,
+    query: Array,
+    key: Array,
+    value: Array,
+    lengths: Array | None,
+    start: Array | None,
+) -> tuple[Array, Array]:
+    _check_heads(query.shape[2], key.shape[2])
+    if prompt.window is not None and prompt.window < 1:
+        raise ValueError(f"window must be at least 1 slot, got {prompt.window}.")
+    if prompt.soft_cap is not None and prompt.soft_cap <= 0:
+        raise ValueError(f"soft_cap must be positive, got {prompt.soft_cap}; None is no cap.")
+    return _attention(prompt, query, key, value, lengths, start)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(
+    prompt: _Prompt,
+    query: Array,
+    key: Array,
+    value: Array,
+    lengths: Array | None,
+    start: Array | None,
+) -> tuple[Array, Array]:
+    arrays = (query, key, value, lengths, start)
+    return _run("attention", prompt.implementation, prompt.options, *arrays)
+
+
+def _attention_forward(
+    prompt: _Prompt, *arrays: Array | None
+) -> tuple[tuple[Array, Array], tuple[Array | None, ...]]:
+    out, lse = _run("attention", prompt.implementation, prompt.options, *arrays)
+    return (out, lse), (*arrays, out, lse)
+
+
+def _attention_backward(
+    prompt: _Prompt, residuals: tuple[Array | None, ...], gradients: tuple[Array, Array]
+) -> tuple[Array | None, ...]:
+    """Gradients by the first implementation that can, whichever computed the forward pass."""
+    out_gradient, lse_gradient = gradients
+    arrays = (*residuals, out_gradient, lse_gradient if prompt.with_lse else None)
+    return (*_run("attention_backward", None, prompt.options, *arrays), None, None)
+
+
+_attention.defvjp(_attention_forward, _attention_backward)
+
+
+def _run(op: str, named: str | None, options: dict[str, Any], *arrays: Array | None) -> Any:  # noqa: ANN401
+    """The op by the named implementation, or by the first that can compute the call."""
+    implementations = IMPLEMENTATIONS[op]
+    chip = chip_of(jax.devices()[0])
+    chosen = choose(implementations, op, chip, arrays, options, named)
+    _logger.debug("%s runs as %s on %s", op, chosen.name, chip.kind)
+
+    def run_as(name: str) -> Callable[..., Any]:
+        implementation = next(one for one in implementations if one.name == name)
+        return functools.partial(implementation.kernel(op).run, **options)
+
+    if named is not None or chosen.name == XLA:
+        return run_as(chosen.name)(*arrays)
+    # The process may place this program on a CPU beside its GPU: that is decided later.
+    return jax.lax.platform_dependent(*arrays, cuda=run_as(chosen.name), default=run_as(XLA))
+
+
+def _scale(scale: float | None, head_dim: int) -> float:
+    return head_dim**-0.5 if scale is None else float(scale)
+
+
+def _check_heads(num_heads: int, num_kv_heads: int) -> None:
+    if num_heads % num_kv_heads:
+        raise ValueError(
+            f"The number of query heads must be a multiple of the kv heads, got {num_heads} and "
+            f"{num_kv_heads}."
+        )

@@ -1,0 +1,92 @@
+"""The ops on caches as rows with limits and bits, against the specification; and merging parts."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import reference
+from pallas_kernels.combine import LOG2_E, combine
+from pallas_kernels.decode_rows import kernels
+
+B, T, N, K, S, H, J = 3, 5, 6, 2, 80, 8, 3
+SCALE = 0.4
+
+
+def attend(rows, keys, values, limits, bits, num_visible, *, scale):
+    """The row problem in plain JAX, with slots from num_visible on poisoned."""
+    hidden = (jnp.arange(S) >= num_visible[:, None])[:, None, :, None]
+    keys, values = (jnp.where(hidden, jnp.float32(1e30), x) for x in (keys, values))
+    distance = jnp.arange(S) - limits[..., None]
+    visible = distance < 0
+    if bits is not None:
+        words = jnp.where(distance < 32, bits[..., :1], bits[..., 1:])
+        bit = jax.lax.shift_right_logical(words, distance % 32) % 2 != 0
+        visible = visible | (distance >= 0) & (distance < 64) & bit
+    scores = jnp.einsum("bkmh,bksh->bkms", rows, keys) * jnp.float32(scale)
+    scores = jnp.where(visible[:, None], scores, -jnp.inf)
+    lse = jax.nn.logsumexp(scores, axis=-1)
+    safe = jnp.where(lse == -jnp.inf, jnp.float32(0), lse)
+    out = jnp.einsum("bkms,bksh->bkmh", jnp.exp(scores - safe[..., None]), values)
+    return out, lse * jnp.float32(LOG2_E)
+
+
+KERNELS = kernels(attend, lambda query, keys, values: None)
+
+
+def draw(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng((seed, *shape)).standard_normal(shape, np.float32))
+
+
+def compare(op, *arrays):
+    got = KERNELS[op].run(*arrays, scale=SCALE)
+    expected = getattr(reference, op)(*arrays, scale=SCALE)
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+
+
+CACHE = draw(B, K, S, H), draw(B, K, S, H, seed=1)
+
+
+def test_decode():
+    compare("decode_attention", draw(B, N, H), *CACHE, jnp.array([0, 7, S], jnp.int32))
+
+
+def test_verify():
+    compare("verify_attention", draw(B, T, N, H), *CACHE, jnp.array([0, 7, S - T], jnp.int32))
+
+
+@pytest.mark.parametrize("prefix", [(0, 7, 16), (S - 3, S - 64, 40)])
+def test_ancestors(prefix):
+    words = np.random.default_rng(2).integers(0, 1 << 32, (B, T, 2), np.uint32)
+    words[0, 0] = 0
+    arrays = jnp.array(prefix, jnp.int32), jnp.asarray(words)
+    compare("ancestor_attention", draw(B, T, N, H), *CACHE, *arrays)
+
+
+@pytest.mark.parametrize("step", [0, 2])
+def test_tree(step):
+    lengths = jnp.asarray(np.random.default_rng(3).integers(1, S + 1, (B, T), np.int32))
+    own = draw(B, K, J, T, H, seed=4), draw(B, K, J, T, H, seed=5)
+    compare("tree_attention", draw(B, T, N, H), *CACHE, lengths, *own, jnp.int32(step))
+
+
+def test_merged_parts_are_the_whole():
+    """Whatever parts hold that were not computed; a row that no part knows is zero."""
+    parts, rows, slots = 4, 6, 5
+    scores, values = draw(parts, rows, slots) * 9, draw(parts, slots, H)
+    lses = jax.nn.logsumexp(scores, axis=-1)
+    outs = jnp.einsum("cms,csh->cmh", jnp.exp(scores - lses[..., None]), values)
+    computed = np.random.default_rng(0).random((parts, rows)) < 0.6
+    computed[:, 0], computed[0, 1:] = False, True
+    outs = jnp.where(computed[..., None], outs, jnp.nan)
+    lses = jnp.where(computed, lses, jnp.nan)
+    out, lse = combine(outs, lses * jnp.float32(LOG2_E), jnp.asarray(computed))
+    for row in range(1, rows):
+        known = np.flatnonzero(computed[:, row])
+        all_scores = np.concatenate([scores[c, row] for c in known]).astype(float)
+        weights = np.exp(all_scores)
+        whole = weights @ np.concatenate([values[c] for c in known]) / weights.sum()
+        np.testing.assert_allclose(out[row], whole, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(lse[row], np.log2(weights.sum()), rtol=1e-5)
+    np.testing.assert_array_equal(out[0], 0)
+    assert lse[0] == -np.inf

@@ -1,0 +1,222 @@
+"""Prefill attention against a naive one, and the choice of implementations."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import pallas_kernels
+from pallas_kernels import reference, registry
+
+B, T, S, N, K, H = 2, 6, 10, 4, 2, 8
+LENGTHS, START = jnp.array([7, 0], jnp.int32), jnp.array([3, 1], jnp.int32)
+CASES = {
+    "plain": {},
+    "causal": {"causal": True},
+    "causal from start": {"causal": True, "start": START},
+    "ragged": {"lengths": LENGTHS},
+    "everything": {
+        "causal": True,
+        "start": START,
+        "lengths": LENGTHS,
+        "window": 3,
+        "soft_cap": 2.0,
+        "scale": 0.7,
+    },
+}
+
+
+def make_inputs(seed=0):
+    rng = np.random.default_rng(seed)
+    query = rng.standard_normal((B, T, N, H), np.float32)
+    key, value = rng.standard_normal((2, B, S, K, H), np.float32)
+    return jnp.asarray(query), jnp.asarray(key), jnp.asarray(value)
+
+
+def naive(query, key, value, *, causal=False, start=0, lengths=S, window=S + T, soft_cap=None, **o):
+    """Repeated kv heads and one dense mask; differentiable by JAX itself."""
+    key, value = (jnp.repeat(x, N // K, axis=2) for x in (key, value))
+    scores = jnp.einsum("btnh,bsnh->bnts", query, key) * o.get("scale", 1 / math.sqrt(H))
+    if soft_cap is not None:
+        scores = soft_cap * jnp.tanh(scores / soft_cap)
+    position = jnp.broadcast_to(start, B)[:, None, None] + np.arange(T)[:, None]
+    slot = np.arange(S)
+    seen = (slot < jnp.broadcast_to(lengths, B)[:, None, None]) & (slot > position - window)
+    seen = (seen & (slot <= position) if causal else seen)[:, None]
+    weights = jnp.where(seen, jnp.exp(scores), 0)
+    total = weights.sum(-1, keepdims=True)
+    out = jnp.einsum("bnts,bsnh->btnh", weights / jnp.where(total == 0, 1, total), value)
+    return out, jnp.log(total)[..., 0]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_attention_and_its_lse(case):
+    inputs = make_inputs()
+    out, lse = naive(*inputs, **CASES[case])
+    got, got_lse = pallas_kernels.attention_with_lse(*inputs, **CASES[case])
+    np.testing.assert_allclose(got, out, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(got_lse, lse, rtol=1e-5, atol=1e-6)
+    alone = pallas_kernels.attention(*inputs, **CASES[case])
+    np.testing.assert_array_equal(alone, got)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gradients(case):
+    inputs = make_inputs()
+    rng = np.random.default_rng(1)
+    weight = jnp.asarray(rng.standard_normal((B, T, N, H), np.float32))
+    options = CASES[case]
+
+    def loss(attention):
+        return lambda *inputs: jnp.sum(attention(*inputs, **options) * weight)
+
+    expected = jax.grad(loss(lambda *i, **o: naive(*i, **o)[0]), (0, 1, 2))(*inputs)
+    got = jax.jit(jax.grad(loss(pallas_kernels.attention), (0, 1, 2)))(*inputs)
+    for one, other in zip(got, expected, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", ["plain", "causal from start"])
+def test_gradients_of_the_lse(case):
+    """Losses on the LSE (a regulariser of logits, or a merge of parts) reach query and key."""
+    inputs = make_inputs()
+    weight = np.random.default_rng(1).standard_normal((B, N, T), np.float32)
+
+    def loss(attention):
+        def total(*inputs):
+            out, lse = attention(*inputs, **CASES[case])
+            return jnp.sum(lse * weight) + jnp.sum(out**2)
+
+        return total
+
+    expected = jax.grad(loss(naive), (0, 1, 2))(*inputs)
+    got = jax.grad(loss(pallas_kernels.attention_with_lse), (0, 1, 2))(*inputs)
+    for one, other in zip(got, expected, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"window": 0}, "window must be at least 1 slot, got 0"),
+        ({"soft_cap": 0.0}, "soft_cap must be positive, got 0"),
+        ({"implementation": "none such"}, "attention has no implementation 'none such'.*xla"),
+    ],
+)
+def test_meaningless_options_are_refused(options, words):
+    with pytest.raises(ValueError, match=words):
+        pallas_kernels.attention(*make_inputs(), **options)
+
+
+def test_heads_that_do_not_divide_are_refused():
+    query, key, value = make_inputs()
+    with pytest.raises(ValueError, match="multiple of the kv heads, got 3 and 2"):
+        pallas_kernels.attention(query[:, :, :3], key, value)
+
+
+def doubled(query, keys, values, lengths, *, scale):
+    return 2 * reference.decode_attention(query, keys, values, lengths, scale=scale)
+
+
+def refuses_wide_heads(query, *others, scale):
+    del others, scale
+    return f"takes head dims up to 8, got {query.shape[-1]}" if query.shape[-1] > 8 else None
+
+
+KERNELS = {"decode_attention": registry.Kernel(run=doubled, unsupported=refuses_wide_heads)}
+FAKE = registry.Implementation(name="fake", module=__name__)
+
+
+@pytest.fixture
+def with_fake(monkeypatch):
+    """An implementation before XLA's that gives twice the values, so that one sees that it ran."""
+    offered = (FAKE, *registry.IMPLEMENTATIONS["decode_attention"])
+    monkeypatch.setitem(registry.IMPLEMENTATIONS, "decode_attention", offered)
+
+
+def decode(head_dim, **options):
+    keys = jnp.ones((1, 1, 4, head_dim))
+    lengths = jnp.array([3], jnp.int32)
+    query = jnp.ones((1, 2, head_dim))
+    return np.asarray(pallas_kernels.decode_attention(query, keys, keys, lengths, **options))
+
+
+def test_a_named_implementation_runs(with_fake):
+    np.testing.assert_array_equal(decode(8, implementation="fake"), 2)
+    np.testing.assert_array_equal(decode(8, implementation="xla"), 1)
+
+
+def test_a_named_implementation_says_why_it_cannot(with_fake):
+    with pytest.raises(pallas_kernels.UnsupportedError, match="takes head dims up to 8, got 16"):
+        decode(16, implementation="fake")
+
+
+def test_the_first_that_fits_is_chosen(with_fake):
+    """And on a device of another platform than the kernel's, the reference takes its place."""
+    chip = registry.chip_of(jax.devices()[0])
+    offered = registry.IMPLEMENTATIONS["decode_attention"]
+
+    def choice(head_dim):
+        query = jax.ShapeDtypeStruct((1, 2, head_dim), jnp.float32)
+        arguments = (query, None, None, None), {"scale": 1.0}
+        return registry.choose(offered, "decode_attention", chip, *arguments, None).name
+
+    assert (choice(8), choice(16)) == ("fake", "xla")
+    np.testing.assert_array_equal(decode(8), 1)
+
+
+HOPPER = registry.Chip(platform="gpu", kind="NVIDIA H200", capability=(9, 0))
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({}, None),
+        ({"capabilities": ((9, 0), (8, 0))}, None),
+        (
+            {"capabilities": ((10, 0),)},
+            "needs a GPU of sm_100, and this device is NVIDIA H200 (sm_90)",
+        ),
+        ({"needs": "no_such_package"}, "needs the package no_such_package, which is not installed"),
+    ],
+)
+def test_reasons_of_chips(changes, reason):
+    assert dataclasses.replace(FAKE, **changes).unsupported_chip(HOPPER) == reason
+
+
+def test_every_implementation_has_a_kernel_and_explains_itself():
+    rows = pallas_kernels.explain(jax.devices()[0])
+    assert {op for op, _, _ in rows} == set(registry.IMPLEMENTATIONS)
+    for op, implementations in registry.IMPLEMENTATIONS.items():
+        assert implementations[-1].name == "xla"
+        assert sum(status == "chosen" for name, _, status in rows if name == op) == 1
+    assert ("decode_attention", "xla", "chosen") in rows
+
+
+@pytest.mark.parametrize("op", registry.IMPLEMENTATIONS)
+def test_registered_modules_implement_their_ops(op):
+    """Those whose packages are here: the table names modules that are only imported when chosen."""
+    for implementation in registry.IMPLEMENTATIONS[op]:
+        if implementation.needs is None:
+            assert callable(implementation.kernel(op).run)
+
+
+def test_a_gpu_is_offered_its_kernels():
+    """What each chip would run first, where no package is missing."""
+    chips = {"B200": (10, 0), "H200": (9, 0), "A100": (8, 0)}
+
+    def first(op, name):
+        chip = registry.Chip(platform="gpu", kind=name, capability=chips[name])
+        return next(
+            one.name
+            for one in registry.IMPLEMENTATIONS[op]
+            if dataclasses.replace(one, needs=None).unsupported_chip(chip) is None
+        )
+
+    chosen = {op: [first(op, name) for name in chips] for op in registry.IMPLEMENTATIONS}
+    assert chosen["attention"] == ["mosaic_sm100", "mosaic_sm90", "xla"]
+    assert chosen["attention_backward"] == ["mosaic_sm100", "xla", "xla"]
+    assert chosen["tree_attention"][::2] == ["mosaic_sm100", "triton"]
