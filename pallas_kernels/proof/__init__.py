@@ -1,0 +1,1 @@
+"""Proofs of the kernels without a GPU: interpreter with races, compilation, counts, cycles."""

@@ -1,0 +1,118 @@
+"""Run kernel cases in Pallas' Mosaic GPU interpreter, on a CPU, with its race detection.
+
+A case is a function that runs kernels with `params()` and returns figures. It runs in a process of
+its own: the interpreter keeps state after an error, may hang after one, and starves on few cores
+unless `NPROC` is set before JAX starts. Arguments and figures travel as JSON.
+
+    outcome = run_case("forward_cases:accuracy", head_dim=128)
+    outcome.figures["relative_rms"], outcome.races, outcome.error
+"""
+
+import contextlib
+import dataclasses
+import importlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.sharding import AbstractDevice, AbstractMesh
+
+# Fewer threads than blocked barrier waits and XLA's CPU pool never gets to the one that arrives.
+_THREADS = "16"
+_PLATFORMS = {"sm_100": "NVIDIA B200", "sm_90": "NVIDIA H200"}
+_KEPT_LOG = 4000
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What became of a case: its figures, whether accesses raced, and why it failed if it did."""
+
+    figures: dict[str, Any]
+    races: bool
+    error: str | None
+    log: str
+
+    @property
+    def detected(self) -> bool:
+        """Whether the interpreter refused the case: a race, a misused barrier or a deadlock."""
+        return self.races or self.error is not None
+
+
+def params(*, detect_races: bool = True) -> plgpu.InterpretGPUParams:
+    """What to pass a kernel as `interpret`; memory nobody wrote holds NaN."""
+    return plgpu.InterpretGPUParams(
+        detect_races=detect_races, on_race="warn", uninitialized_memory="nan"
+    )
+
+
+@contextlib.contextmanager
+def abstract_gpu(chip: str = "sm_100") -> Iterator[None]:
+    """Traces kernels as for that chip, without one."""
+    device = AbstractDevice(device_kind=_PLATFORMS[chip], platform="gpu", num_cores=4)
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
+        yield
+
+
+def run_case(
+    case: str, *, chip: str = "sm_100", timeout: float = 120.0, **arguments: object
+) -> Outcome:
+    """Outcome of `module:function` called with the arguments in a new process.
+
+    The process sees the same modules as this one and ends after `timeout` seconds; that counts as
+    an error, since a kernel that waits for an arrival that never comes hangs.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder, "report.json")
+        command = [sys.executable, "-m", __name__, case, chip, json.dumps(arguments), str(report)]
+        environment = os.environ | {
+            "JAX_PLATFORMS": "cpu",
+            "NPROC": _THREADS,
+            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+        }
+        with Path(folder, "log").open("w+") as log:
+            try:
+                process = subprocess.run(
+                    command, env=environment, stdout=log, stderr=log, timeout=timeout, check=False
+                )
+                failure = f"the process ended with exit code {process.returncode}"
+            except subprocess.TimeoutExpired:
+                failure = f"no result after {timeout} seconds"
+            log.seek(0)
+            text = log.read()[-_KEPT_LOG:]
+        if not report.exists():
+            return Outcome(figures={}, races=False, error=failure, log=text)
+        return Outcome(**json.loads(report.read_text()), log=text)
+
+
+def _run_here(case: str, chip: str, arguments: str, report: str) -> None:
+    from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call as interpreter
+
+    module, function = case.split(":")
+    figures, races, error = {}, False, None
+    try:
+        with abstract_gpu(chip):
+            figures = getattr(importlib.import_module(module), function)(**json.loads(arguments))
+        races = interpreter.get_races().races_found
+    except Exception as exception:
+        traceback.print_exc()
+        races = "RACE" in str(exception)
+        error = f"{type(exception).__name__}: {exception}"[:_KEPT_LOG]
+    partial = Path(report).with_suffix(".partial")
+    partial.write_text(json.dumps({"figures": figures, "races": bool(races), "error": error}))
+    partial.rename(report)
+    # Threads of the interpreter that still wait would keep the process alive.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    _run_here(*sys.argv[1:])
