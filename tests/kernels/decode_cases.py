@@ -1,0 +1,150 @@
+"""Cases of the decode kernels: each runs in a process of its own, see `proof/interpret.py`."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels import decode_sm100
+from pallas_kernels.proof.interpret import params
+
+
+def naive(rows, keys, values, visible, scale):
+    """Attention of rows [B K M H] to the slots visible [B M S], float64."""
+    scores = np.einsum("bkmh,bksh->bkms", rows, keys) * scale
+    scores = np.where(visible[:, None], scores, -np.inf)
+    top = scores.max(-1, keepdims=True)
+    top = np.where(np.isfinite(top), top, 0)
+    weights = np.exp(scores - top)
+    total = weights.sum(-1, keepdims=True)
+    out = np.einsum("bkms,bksh->bkmh", weights, values) / np.where(total == 0, 1, total)
+    with np.errstate(divide="ignore"):
+        return out, (np.log(total) + top)[..., 0] / np.log(2)
+
+
+def rows_and_limits(
+    *,
+    num_rows,
+    head_dim=128,
+    num_slots=512,
+    lengths=(512,),
+    kv_heads=1,
+    factor=6.0,
+    dtype="bfloat16",
+    tiles=1,
+    split_blocks=2,
+    kv_stages=2,
+    with_bits=False,
+    page_slots=0,
+    poison=0.0,
+    seed=0,
+    detect_races=True,
+):
+    """Errors of the combined splits, and of the LSE, against float64 on the same inputs."""
+    rng = np.random.default_rng(seed)
+    batch = len(lengths)
+    low = jnp.dtype(dtype)
+    rows = rng.standard_normal((batch, kv_heads, num_rows, head_dim)) * factor
+    keys, values = rng.standard_normal((2, batch, kv_heads, num_slots, head_dim))
+    lengths = np.array(lengths, np.int32)
+    slot = np.arange(num_slots)
+    if with_bits:
+        limits = np.repeat(np.maximum(lengths - 64, 0)[:, None], num_rows, 1).astype(np.int32)
+        picked = rng.random((batch, num_rows, 64)) < 0.4
+        bits = np.packbits(picked, axis=-1, bitorder="little").view(np.int32)
+        distance = slot - limits[..., None]
+        chosen = np.take_along_axis(picked, np.clip(distance, 0, 63), axis=-1)
+        visible = (distance < 0) | ((distance < 64) & chosen)
+        visible &= slot < lengths[:, None, None]
+    else:
+        limits = np.maximum(lengths[:, None] - rng.integers(0, 5, (batch, num_rows)), 0)
+        limits = limits.astype(np.int32)
+        bits = None
+        visible = slot < limits[..., None]
+    if poison:
+        hidden = slot >= lengths[:, None]
+        keys = np.where(hidden[:, None, :, None], poison, keys)
+        values = np.where(hidden[:, None, :, None], -poison, values)
+    rows, keys, values = (np.asarray(jnp.asarray(x, low)) for x in (rows, keys, values))
+    scale = head_dim**-0.5
+    expected, expected_lse = naive(
+        *(x.astype(np.float64) for x in (rows, keys, values)), visible, scale
+    )
+    table = None
+    if page_slots:
+        keys, values, table = paged(rng, keys, values, page_slots)
+    config = decode_sm100.DecodeConfig(tiles=tiles, split_blocks=split_blocks, kv_stages=kv_stages)
+    out, lse = decode_sm100.attend(
+        *(jnp.asarray(x) for x in (rows, keys, values, limits)),
+        None if bits is None else jnp.asarray(bits),
+        jnp.asarray(lengths),
+        None if table is None else jnp.asarray(table),
+        scale=scale,
+        config=config,
+        interpret=params(detect_races=detect_races),
+    )
+    out, lse = np.asarray(out), np.asarray(lse)
+    blind = np.isneginf(expected_lse)
+    return {
+        "relative_rms": float(np.sqrt(np.mean((out - expected) ** 2) / np.mean(expected**2))),
+        "lse": float(np.max(np.abs(lse - expected_lse)[~blind])),
+        "blind": int(blind.sum()),
+        "blind_right": bool(np.all(np.isneginf(lse) == blind) and np.all(out[blind] == 0)),
+    }
+
+
+def program(*, op="decode_attention", batch=1, tokens=1, head_dim=128, num_slots=8192):
+    """The kernel inside an op on a cache of 8 kv heads with 4 query heads each, to be compiled."""
+
+    def run(*arrays):
+        return decode_sm100.KERNELS[op].run(*arrays, scale=head_dim**-0.5)
+
+    def array(*shape, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    query = array(batch, tokens, 32, head_dim)
+    cache = array(batch, 8, num_slots, head_dim)
+    counts = array(batch, dtype=jnp.int32)
+    if op == "decode_attention":
+        return run, (array(batch, 32, head_dim), cache, cache, counts)
+    if op == "ancestor_attention":
+        return run, (query, cache, cache, counts, array(batch, tokens, 2, dtype=jnp.uint32))
+    return run, (query, cache, cache, counts)
+
+
+def paged(rng, keys, values, page_slots):
+    """The cache as a shuffled pool of pages, some of them nobody's, and its page table."""
+    batch, kv_heads, num_slots, head_dim = keys.shape
+    per_row = num_slots // page_slots
+    order = rng.permutation(batch * per_row + 3)[: batch * per_row]
+
+    def pool(x):
+        pages = x.reshape(batch, kv_heads, per_row, page_slots, head_dim).transpose(0, 2, 1, 3, 4)
+        filled = np.full((batch * per_row + 3, *pages.shape[2:]), 1e4, x.dtype)
+        filled[order] = pages.reshape(-1, *pages.shape[2:])
+        return filled
+
+    return pool(keys), pool(values), order.reshape(batch, per_row).astype(np.int32)
+
+
+def without(*, fault, **arguments):
+    """`rows_and_limits` with one kind of synchronisation left out of the kernel.
+
+    `fault` names a barrier nobody waits for any more, or a function of plgpu that does nothing.
+    """
+    plgpu, block, wait = decode_sm100.plgpu, decode_sm100._block, decode_sm100.plgpu.barrier_wait
+    if hasattr(plgpu, fault):
+        setattr(plgpu, fault, lambda: None)
+        return rows_and_limits(**arguments)
+    unawaited = []
+
+    def block_without(shape, interpreted, refs, scratch):
+        unawaited.append(scratch[fault])
+        block(shape, interpreted, refs, scratch)
+
+    def wait_unless(barrier):
+        if not any(barrier.ref is one for one in unawaited):
+            wait(barrier)
+
+    decode_sm100._block = block_without
+    setattr(plgpu, wait.__name__, wait_unless)
+    return rows_and_limits(**arguments)

@@ -1,0 +1,106 @@
+"""The Blackwell decode kernel in the interpreter: values, races, and that faults are caught."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels import decode_sm100
+from pallas_kernels.proof.interpret import run_case
+
+CASES = {
+    # Splits of unequal length, a row that sees nothing, poison past every length.
+    "ragged": {"num_rows": 8, "lengths": [400, 0], "split_blocks": 3, "poison": 1e4},
+    "two tiles, tree": {
+        "num_rows": 136,
+        "lengths": [200],
+        "num_slots": 256,
+        "head_dim": 64,
+        "tiles": 2,
+        "with_bits": True,
+    },
+    "pages": {"num_rows": 16, "lengths": [250], "page_slots": 64, "num_slots": 256},
+}
+SLOW_CASES = {
+    "float16": {"num_rows": 20, "dtype": "float16", "lengths": [260], "num_slots": 384},
+    "large pages": {"num_rows": 8, "page_slots": 256, "lengths": [400], "poison": 1e4},
+    "several groups of rows": {"num_rows": 300, "tiles": 2, "lengths": [130], "num_slots": 256},
+    "two tiles, long": {"num_rows": 160, "tiles": 2, "lengths": [500], "split_blocks": 4},
+    "tree on several heads": {
+        "num_rows": 40,
+        "with_bits": True,
+        "lengths": [400, 70],
+        "kv_heads": 2,
+        "split_blocks": 4,
+        "poison": 1e4,
+    },
+    "one stage": {"num_rows": 8, "kv_stages": 1, "split_blocks": 4},
+}
+BARRIERS = (
+    "rows_ready",
+    "masks_ready",
+    "keys_ready",
+    "values_ready",
+    "keys_free",
+    "values_free",
+    "scores_ready",
+    "weights_ready",
+    "scores_free",
+    "out_ready",
+)
+FAULTS = (*BARRIERS, "wait_load_tmem", "commit_tmem", "commit_smem")
+QUICK_FAULTS = ("values_free", "weights_ready")
+
+
+def some_slow(names, quick):
+    return [pytest.param(n, marks=() if n in quick else pytest.mark.slow) for n in names]
+
+
+@pytest.mark.parametrize("case", some_slow(CASES | SLOW_CASES, CASES))
+def test_values_and_races(case):
+    outcome = run_case("decode_cases:rows_and_limits", **(CASES | SLOW_CASES)[case])
+    assert outcome.error is None, outcome.log
+    assert not outcome.races
+    figures = outcome.figures
+    assert figures["relative_rms"] < 3e-3
+    assert figures["lse"] < 2e-4
+    assert figures["blind_right"]
+    assert (figures["blind"] > 0) == (0 in (CASES | SLOW_CASES)[case]["lengths"])
+
+
+@pytest.mark.parametrize("fault", some_slow(FAULTS, QUICK_FAULTS))
+def test_a_missing_wait_is_detected(fault):
+    """Four blocks through two buffers, so that every buffer is used twice."""
+    outcome = run_case("decode_cases:without", fault=fault, num_rows=8, split_blocks=4)
+    assert outcome.detected, outcome.figures
+
+
+def shapes(head_dim=128, dtype=jnp.bfloat16, num_slots=1024, value_dtype=None):
+    cache = jax.ShapeDtypeStruct((1, 2, num_slots, head_dim), dtype)
+    values = jax.ShapeDtypeStruct(cache.shape, value_dtype or dtype)
+    return jax.ShapeDtypeStruct((1, 8, head_dim), dtype), cache, values
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({}, None),
+        ({"dtype": jnp.float16, "head_dim": 64}, None),
+        ({"dtype": jnp.float32}, "takes bfloat16 or float16, the same for all, got float32"),
+        ({"value_dtype": jnp.float16}, "the same for all, got bfloat16, float16"),
+        ({"head_dim": 96}, "takes head dims 64 and 128, got 96"),
+        ({"num_slots": 1000}, "takes caches of a multiple of 128 slots, got 1000"),
+    ],
+)
+def test_reasons(changes, reason):
+    got = decode_sm100.KERNELS["decode_attention"].unsupported(
+        *shapes(**changes), jax.ShapeDtypeStruct((1,), jnp.int32), scale=1.0
+    )
+    assert got == reason or (reason is not None and reason in got)
+
+
+def test_too_many_rows_are_refused():
+    query = jax.ShapeDtypeStruct((1, 512, 8, 128), jnp.bfloat16)
+    got = decode_sm100.KERNELS["verify_attention"].unsupported(
+        query, *shapes()[1:], None, scale=1.0
+    )
+    assert got == "takes up to 1024 query rows a kv head, got 2048"
