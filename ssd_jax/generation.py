@@ -1,11 +1,12 @@
 """The public functions: `generate` for whole outputs, `stream` for text as it comes.
 
 Both run the same programs. Without stop strings the whole loop stays on the device; with them the
-host looks at the text every few tokens, and what was decoded past a stop is dropped.
+host looks at the text some twenty times a second, and what was decoded past a stop is dropped.
 """
 
 import dataclasses
 import functools
+import time
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
@@ -23,7 +24,8 @@ from ssd_jax.sampling_params import SamplingParams
 from ssd_jax.text import TextStream
 from ssd_jax.types import Logprobs, LookupStats, SpeculationStats
 
-STEPS_BETWEEN_LOOKS = 8  # tokens that a row decodes before the host reads them when it has to
+FEWEST_STEPS, MOST_STEPS = 8, 64  # steps between two looks of the host, where it has to look
+SECONDS_BETWEEN_LOOKS = 0.05
 GREEDY = SamplingParams()
 _REASONS = {Finish.EOS: "eos", Finish.LENGTH: "length", Finish.STOP: "stop"}
 
@@ -94,8 +96,7 @@ def generate(
     requests = make_requests(model, prompts, params)
     must_look = any(request.params.stop for request in requests)
     completions: list[Completion | None] = [None] * len(requests)
-    looks = STEPS_BETWEEN_LOOKS if must_look else None
-    for delta in _run(model, requests, speculation, looks):
+    for delta in _run(model, requests, speculation, must_look=must_look):
         if delta.completion is not None:
             completions[delta.row] = delta.completion
     return [completion for completion in completions if completion is not None]
@@ -113,7 +114,7 @@ def stream(
     Text never ends within a UTF-8 character or within what may still become a stop string.
     """
     requests = make_requests(model, prompts, params)
-    return _run(model, requests, speculation, STEPS_BETWEEN_LOOKS)
+    return _run(model, requests, speculation, must_look=True)
 
 
 def choose_method(
@@ -139,19 +140,22 @@ def _run(
     model: Model,
     requests: Sequence[Request],
     speculation: Speculation | SSD | None,
-    steps_between_looks: int | None,
+    *,
+    must_look: bool,
 ) -> Iterator[Delta]:
-    """Decode the requests, looking at the tokens after the first step and then every so many."""
+    """Decode the requests; where the host must look, after the first step and then every while."""
     method, batch = choose_method(model, requests, speculation)
     drafters = () if speculation is None else speculation.names
     rows = [_Row(model, index, request, drafters) for index, request in enumerate(requests)]
     state = method.prefill(batch)
-    num_steps = 1 if steps_between_looks else batch.max_steps
+    num_steps = 1 if must_look else batch.max_steps
     while any(row.completion is None for row in rows):
+        started = time.perf_counter()
         state = method.advance(batch, state, num_steps)
-        num_steps = steps_between_looks or batch.max_steps
         target, stats, lookups = method.view(state)
         tokens, lengths, finish = jax.device_get((target.tokens, target.lengths, target.finish))
+        if must_look:
+            num_steps = steps_until_look(num_steps, time.perf_counter() - started)
         details = functools.cache(
             functools.partial(jax.device_get, (target.logprobs, stats, lookups))
         )
@@ -164,6 +168,16 @@ def _run(
                     yield delta
         if stopped.any():
             state = method.stop(state, stopped)
+
+
+def steps_until_look(num_steps: int, seconds: float) -> int:
+    """Steps before the host looks again, when the last so many took that many seconds.
+
+    A look costs the host about a millisecond, which is much beside the tokens of a small model and
+    nothing beside those of a large one; the text of both should flow.
+    """
+    wanted = num_steps * SECONDS_BETWEEN_LOOKS / max(seconds, 1e-9)
+    return int(min(max(wanted, FEWEST_STEPS), MOST_STEPS))
 
 
 _Details = tuple[Logprobs | None, SpeculationStats | None, LookupStats | None]

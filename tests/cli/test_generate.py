@@ -91,12 +91,12 @@ def test_output_is_bounded_by_the_context(run, chat_checkpoint):
 
 @pytest.fixture
 def interrupted(monkeypatch):
-    """Ctrl-C arrives after the second piece of the text."""
+    """Ctrl-C arrives after the first piece of the text."""
     whole = answer.stream
 
     def stream(*arguments, **options):
         for index, delta in enumerate(whole(*arguments, **options)):
-            if index == 2:
+            if index == 1:
                 raise KeyboardInterrupt
             yield delta
 

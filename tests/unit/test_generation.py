@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from tiny_models import (
     make_tiny,
     prompt_ids,
@@ -16,7 +18,15 @@ from tiny_models import (
 )
 
 from ssd_jax import sampling
-from ssd_jax.generation import Completion, generate, stream
+from ssd_jax.generation import (
+    FEWEST_STEPS,
+    MOST_STEPS,
+    SECONDS_BETWEEN_LOOKS,
+    Completion,
+    generate,
+    steps_until_look,
+    stream,
+)
 from ssd_jax.sampling_params import SamplingParams
 
 NAME = "qwen3"
@@ -318,3 +328,12 @@ def test_bfloat16_generates(bare):
         dataclasses.replace(bare, params=params), [PROMPT], SamplingParams(max_tokens=5)
     )
     assert len(only(completions).token_ids) == 5
+
+
+@given(steps=st.integers(1, 64), seconds=st.floats(0, 1e4))
+def test_the_host_looks_twenty_times_a_second_within_bounds(steps, seconds):
+    chosen = steps_until_look(steps, seconds)
+    assert FEWEST_STEPS <= chosen <= MOST_STEPS
+    if FEWEST_STEPS < chosen < MOST_STEPS:
+        step_s = seconds / steps
+        assert abs(chosen * step_s - SECONDS_BETWEEN_LOOKS) <= step_s * 1.001

@@ -15,7 +15,7 @@ NUM_ROWS = 4096
 FAN_OUTS = {
     "all hit": 5,  # the whole vocabulary
     "mixed": (2, 1, 1),
-    "none hit": (0, 0, 1),  # the draft is seldom accepted twice
+    "few hit": (0, 0, 1),  # only after a whole draft, which n-grams do not even propose
 }
 FAST = {("plain", "mixed", "neural", 0.5)}
 EVERY = [
@@ -55,7 +55,8 @@ def test_rejection_samples_the_targets_law(law, fan_out, fallback, weight):
     if fan_out == "all hit":
         assert hits == lookups
     else:
-        assert 0.02 < hits / lookups < 0.98
-    for name in ("prepared", "fallback"):
+        least, most = (0.02, 0.98) if fan_out == "mixed" else (0, 0.5)
+        assert least <= hits / lookups < most
+    for name in ("fallback",) if fan_out == "few hit" else ("prepared", "fallback"):
         assert np.sum([own.drafters[name].num_drafts for own in counts]) > 0
     assert 0.005 < np.mean([own.total.acceptance_rate for own in counts]) < 0.9
