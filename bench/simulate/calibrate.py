@@ -7,7 +7,7 @@ models and each data set the acceptance is fitted to synchronous speculation. Al
 
 import dataclasses
 
-from scipy.optimize import brentq
+from scipy.optimize import root_scalar
 
 from bench.simulate import published
 from bench.simulate.chips import Latencies, find_chip, find_shape, pass_s
@@ -141,11 +141,10 @@ def batch_rate(
 def fit_batch_acceptance(latencies: Latencies, engine: EngineTimes, guesses: PowerLaw) -> float:
     """The acceptance with which a batch of `FIT_BATCH` has the reference log's speed."""
     goal = published.BATCH_SPEEDS[FIT_BATCH]
-    return brentq(
+    return root_scalar(
         lambda acceptance: batch_rate(latencies, engine, guesses, acceptance, FIT_BATCH) - goal,
-        0.0,
-        1.0,
-    )
+        bracket=(0.0, 1.0),
+    ).root
 
 
 def _fit_branch_s(latencies: Latencies, guesses: PowerLaw) -> float:
@@ -158,7 +157,7 @@ def _fit_branch_s(latencies: Latencies, guesses: PowerLaw) -> float:
         speed = batch_rate(latencies, engine, guesses, acceptance, largest)
         return speed - published.BATCH_SPEEDS[largest]
 
-    return brentq(excess, 0.0, 30e-6, xtol=1e-9)
+    return root_scalar(excess, bracket=(0.0, 30e-6), xtol=1e-10).root
 
 
 def _constants(latencies: Latencies, engine: EngineTimes) -> tuple[Constant, ...]:

@@ -92,10 +92,10 @@ def _compare_table(calibration: Calibration, table: PublishedTable) -> Iterable[
         simulated=_speed(SimulatedMethod(), costs, None),
         fitted=fitted_ar,
     )
-    runs = [(None, table.draft_len, table.draft, table.draft_mean)]
+    runs = [(False, table.draft_len, table.draft, table.draft_mean)]
     for told, speeds in table.ssd.items():
         draft_len = told or best_draft_len(costs, calibration, acceptances)
-        runs.append((told or draft_len, draft_len, speeds, table.ssd_mean[told]))
+        runs.append((True, draft_len, speeds, table.ssd_mean[told]))
     for is_ssd, draft_len, speeds, mean in runs:
         method = SimulatedMethod(draft_len=draft_len)
         name = f"draft, k={draft_len}"

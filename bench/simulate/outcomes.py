@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
-from scipy.optimize import brentq
+from scipy.optimize import root_scalar
 
 from ssd_jax.errors import RequestError
 from ssd_jax.tuning.speed import Outcomes, stationary_hit_rate
@@ -139,9 +139,10 @@ def acceptance_for(draft_len: int, tokens_per_round: float) -> float:
             f"A round with {draft_len} drafted tokens emits from 1 to {draft_len + 1}, got "
             f"{tokens_per_round:.3g} tokens a round: check the times and the speed it follows from."
         )
-    return brentq(
-        lambda acceptance: geometric_tokens(draft_len, acceptance) - tokens_per_round, 0.0, 1.0
-    )
+    return root_scalar(
+        lambda acceptance: geometric_tokens(draft_len, acceptance) - tokens_per_round,
+        bracket=(0.0, 1.0),
+    ).root
 
 
 def counted_law(outcomes: Outcomes) -> OutcomeLaw:

@@ -9,7 +9,7 @@ from bench.simulate.records import MeasuredSpeed, PartsRecord
 from bench.simulate.rounds import Work, simulate
 from ssd_jax.errors import RequestError
 
-_TOKENS = 8192  # so many that opening and ending an answer do not count
+_TOKENS = 2048  # so many that opening and ending an answer do not count
 _KINDS = ("ar", "draft", "ssd")
 
 
@@ -25,7 +25,7 @@ def compare_own(record: PartsRecord, speeds: Mapping[str, MeasuredSpeed]) -> lis
             continue
         method = parse_simulated(name)
         laws = measured_laws(method, name, speed)
-        work = Work(rows=record.batch, tokens=_TOKENS, runs=8)
+        work = Work(rows=record.batch, tokens=_TOKENS, runs=32)
         simulated = simulate(method, record.costs, laws, work)
         rows.append(
             Comparison(

@@ -2,7 +2,7 @@
 
 import importlib.util
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -50,14 +50,18 @@ def plot_comparison(rows: Sequence[Comparison], path: Path) -> None:
     )[:, 0]
     for axis, (group, members) in zip(axes, groups, strict=True):
         _draw_differences(axis, group, members)
+    widest = max(0.15, *(abs(row.error) + 0.02 for row in rows)) * 100
+    axes[-1].set_xlim(-widest, widest)
     axes[-1].set_xlabel("simulated against measured speed, %")
+    figure.suptitle("tokens/s, measured / simulated", fontsize=10, x=0.02, ha="left")
     handles = [
         axes[0].plot([], [], "o", color="black", markersize=6, label="predicted")[0],
         axes[0].plot(
             [], [], "o", color="black", fillstyle="none", markersize=6, label="fitted to this"
         )[0],
     ]
-    figure.legend(handles=handles, loc="outside upper right", ncols=2, frameon=False, fontsize=9)
+    handles.append(axes[0].fill_between([], [], color="#eeeeee", label=f"within {TOLERANCE:.0%}"))
+    figure.legend(handles=handles, loc="outside upper right", ncols=3, frameon=False, fontsize=9)
     _save(figure, path)
 
 
@@ -81,8 +85,7 @@ def _draw_differences(axis: "Axes", group: str, members: Sequence[Comparison]) -
     axis.axvspan(-TOLERANCE * 100, TOLERANCE * 100, color="#eeeeee", zorder=0)
     axis.axvline(0, color="black", linewidth=0.8)
     axis.set_ylim(0.2, len(members) + 0.8)
-    axis.set_xlim(-15, 15)
-    axis.set_title(f"{group} (tokens/s: measured / simulated)", fontsize=8, loc="left", pad=3)
+    axis.set_title(group, fontsize=8, loc="left", pad=3)
     axis.tick_params(axis="y", length=0)
 
 
@@ -127,7 +130,7 @@ def plot_scale(pairs: Sequence[tuple[str, Sequence[Point]]], title: str, path: P
     axes = figure.subplots(len(pairs), 2, squeeze=False)
     for (name, points), (left, right) in zip(pairs, axes, strict=True):
         _draw_batches(left, points, "tokens/s a row", per_chip=False)
-        _draw_batches(right, points, "tokens/s a chip", per_chip=True)
+        _draw_batches(right, points, "tokens/s a chip, over plain decoding", per_chip=True)
         left.set_title(name, fontsize=10, loc="left")
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
@@ -137,34 +140,42 @@ def plot_scale(pairs: Sequence[tuple[str, Sequence[Point]]], title: str, path: P
 
 def _draw_batches(axis: "Axes", points: Sequence[Point], label: str, *, per_chip: bool) -> None:
     kinds = list(dict.fromkeys((point.kind, point.draft_chips) for point in points))
+    fewest = min(number for kind, number in kinds if kind == "SSD")
+    plain = {one.rows: one.per_chip for one in points if one.kind == "plain"}
     for kind, draft_chips in kinds:
         line = [one for one in points if (one.kind, one.draft_chips) == (kind, draft_chips)]
         grey, marker, dashes = _STYLES.get((kind, draft_chips), _OTHER)
         rows = [point.rows for point in line]
-        chips = line[0].chips
-        name = f"{kind}, {chips} chips" if kind != "SSD" else f"SSD, {chips} chips"
-        values = [point.per_chip if per_chip else point.per_row for point in line]
-        axis.plot(rows, values, color=grey, marker=marker, linestyle=dashes, label=name)
-        if kind == "SSD" and draft_chips == kinds[2][1]:
-            shares = [chips if per_chip else point.rows for point in line]
+        units = [plain[one.rows] * one.chips if per_chip else one.rows for one in line]
+        chips = f"{line[0].chips} chip" + "s" * (line[0].chips > 1)
+
+        def each(speeds: Iterable[float], units: list[float] = units) -> list[float]:
+            return [speed / unit for speed, unit in zip(speeds, units, strict=True)]
+
+        axis.plot(
+            rows,
+            each(one.simulated.tokens_per_s for one in line),
+            color=grey,
+            marker=marker,
+            linestyle=dashes,
+            label=f"{kind}, {chips}",
+        )
+        if kind == "SSD" and draft_chips == fewest:
             axis.fill_between(
                 rows,
-                [point.low / share for point, share in zip(line, shares, strict=True)],
-                [point.high / share for point, share in zip(line, shares, strict=True)],
+                each(one.low for one in line),
+                each(one.high for one in line),
                 facecolor="#dddddd",
                 edgecolor="#999999",
                 hatch="....",
                 linewidth=0,
-                label="range of hit rates assumed",
+                label=f"SSD, {chips}: range of hit rates assumed",
             )
     axis.set_xscale("log", base=2)
     ticks = sorted({point.rows for point in points})
     axis.set_xticks(ticks, [str(tick) for tick in ticks])
     axis.minorticks_off()
-    if per_chip:
-        axis.set_yscale("log")
-    else:
-        axis.set_ylim(0)
+    axis.set_ylim(0)
     axis.set_xlabel("rows decoded together")
     axis.set_ylabel(label)
     axis.grid(alpha=0.3)

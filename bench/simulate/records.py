@@ -236,13 +236,14 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _numbers(path: Path, name: str, value: object) -> Any:  # noqa: ANN401 (a number or several)
+def _numbers(path: Path, name: str, value: Any) -> Any:  # noqa: ANN401 (a number or several)
     """A float, or a tuple of them for a list."""
-    values = value if isinstance(value, list) else [value]
-    for one in values:
-        if isinstance(one, bool) or not isinstance(one, int | float) or not math.isfinite(one):
-            raise RequestError(f"{name} of {path} should be finite numbers, got {value!r}.")
-    return tuple(map(float, values)) if isinstance(value, list) else float(values[0])
+    if isinstance(value, list):
+        return tuple(_numbers(path, name, one) for one in value)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value):
+        raise RequestError(f"{name} of {path} should be finite numbers, got {value!r}.")
+    return float(value)
 
 
 def _tuples(value: Any) -> Any:  # noqa: ANN401 (nested lists of whole numbers)

@@ -121,8 +121,9 @@ def predict_points(
         for number in drafts:
             costs = _costs(placement.with_draft_chips(number), assumptions, rows)
             point = _simulate_best(own, costs, rows)
-            reached = [best_rate(candidates, costs, rows)[1] for candidates in extremes]
-            reached.append(point[1].tokens_per_s)
+            reached = [point[1].tokens_per_s]
+            for candidates in extremes:
+                reached.append(_simulate_best(candidates, costs, rows)[1].tokens_per_s)
             chips = placement.target_chips + number
             points.append(_point("SSD", chips, number, rows, point, (min(reached), max(reached))))
     return points
