@@ -28,6 +28,7 @@ from bench.simulate.plots import (
 from bench.simulate.records import (
     OWN_MACHINE,
     PartsRecord,
+    Trace,
     read_parts,
     read_speeds,
     read_trace,
@@ -52,7 +53,6 @@ from bench.simulate.scale import (
     vary,
 )
 from ssd_jax.errors import RequestError
-from ssd_jax.tuning.speed import Behaviour
 
 DEFAULT_PAIRS = (
     "llama-3.1-70b/llama-3.2-1b",
@@ -168,14 +168,14 @@ def _run(args: argparse.Namespace) -> int:
     methods = [parse_simulated(name) for name in args.methods]
     record = read_parts(args.parts) if args.parts else None
     batch, costs = _batch_and_costs(args, record)
-    behaviour = read_trace(args.trace) if args.trace else record.behaviour if record else None
+    trace = read_trace(args.trace) if args.trace else record.trace if record else None
     work = Work(rows=batch, tokens=args.tokens, runs=args.runs)
     lines = [
         "| method | tokens/s | spread | tokens a round | hits | round, ms | rounds that wait |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, method in zip(args.methods, methods, strict=True):
-        laws = _laws(args, method, behaviour)
+        laws = _laws(args, method, trace)
         result = simulate(method, costs, laws, work, seed=args.seed)
         hits = "" if result.hit_rate is None else f"{result.hit_rate:.1%}"
         lines.append(
@@ -211,18 +211,18 @@ def _batch_and_costs(args: argparse.Namespace, record: PartsRecord | None) -> tu
 
 
 def _laws(
-    args: argparse.Namespace, method: SimulatedMethod, behaviour: Behaviour | None
+    args: argparse.Namespace, method: SimulatedMethod, trace: Trace | None
 ) -> OutcomeLaws | None:
     """Outcomes by chance if an acceptance is given, or else those of the trace."""
     if method.draft_len == 0:
         return None
     if args.acceptance is None:
-        if behaviour is None:
+        if trace is None:
             raise RequestError(
                 "How drafts come out must be told by --trace, by a tuned file in --parts or by "
                 "--acceptance, got none of them."
             )
-        return trace_laws(behaviour, method.draft_len)
+        return trace_laws(trace, method)
     hit_rate = published.HIT_RATE if args.hit_rate is None else args.hit_rate
     if not 0 <= hit_rate <= 1:
         raise RequestError(f"--hit-rate must be from 0 to 1, got {hit_rate}.")

@@ -8,11 +8,11 @@ Parts come as the TOML that `ssd-jax tune` writes, or as JSON:
 `bench/speculation_speed.py` records of each: `decode_tokens_per_s`, `tokens_per_target_step` and
 `hit_rate`. A trace is JSON too:
 
-    {"schema": 1, "fan_out": {"after_hit": [3, 2], "after_miss": [3, 2]}, "foretold": true,
-     "speculation": [...]}
+    {"schema": 1, "fan_out": {"after_hit": [3, 2], "after_miss": [3, 2]}, "fallback": "neural",
+     "foretold": true, "speculation": [...]}
 
 with one `Completion.speculation` of SSD an answer, as `dataclasses.asdict` makes it; `foretold`
-(true if absent) as in `Behaviour` of the same file.
+(true if absent) as in `Behaviour` of the same file. The wider its fan-out, the more can be told.
 """
 
 import dataclasses
@@ -20,12 +20,14 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
 from bench.simulate.costs import MeasuredCosts
+from bench.simulate.methods import SimulatedMethod
 from bench.simulate.outcomes import OutcomeLaws, counted_law
+from ssd_jax.decoding.ssd import Fallback
 from ssd_jax.errors import RequestError, SsdJaxError
 from ssd_jax.fan_out import FanOut
 from ssd_jax.generation import LookupCounts
@@ -49,18 +51,26 @@ class MeasuredSpeed:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Trace:
+    """Outcomes that SSD counted, and its fallback at that time."""
+
+    behaviour: Behaviour
+    fallback: Fallback
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class PartsRecord:
     """Times of one machine, and what came out there if that is known.
 
     Attributes:
-        behaviour: of the longest drafts, where the file has it (tuned files do).
+        trace: of the longest drafts, where the file has it (tuned files do).
     """
 
     source: str
     batch: int
     costs: MeasuredCosts
     speeds: dict[str, MeasuredSpeed]
-    behaviour: Behaviour | None
+    trace: Trace | None
 
 
 def read_parts(path: Path) -> PartsRecord:
@@ -99,7 +109,7 @@ def read_parts(path: Path) -> PartsRecord:
         batch=batch,
         costs=costs,
         speeds=_speeds(path, content),
-        behaviour=None,
+        trace=None,
     )
 
 
@@ -115,13 +125,22 @@ def read_speeds(path: Path) -> dict[str, MeasuredSpeed]:
     return speeds
 
 
-def read_trace(path: Path) -> Behaviour:
+def read_trace(path: Path) -> Trace:
     """The outcomes that answers of SSD counted.
+
+    With the neural fallback the outcomes of prepared drafts and of later ones are put together: one
+    model drafts both. That drafts after a miss fare worse tells of the text at which that fan-out
+    misses, and would mislead about another fan-out.
 
     Raises:
         RequestError: the file is not there or not such a record.
     """
     content = _read_json(path)
+    if content.get("fallback") not in get_args(Fallback):
+        raise RequestError(
+            f"`fallback` of {path} should be neural or ngram, got {content.get('fallback')!r}."
+        )
+    fallback: Fallback = "ngram" if content["fallback"] == "ngram" else "neural"
     try:
         lists = content["fan_out"]
         fan_out = FanOut(after_hit=tuple(lists["after_hit"]), after_miss=tuple(lists["after_miss"]))
@@ -129,11 +148,8 @@ def read_trace(path: Path) -> Behaviour:
             LookupCounts(**{name: _tuples(value) for name, value in one["lookups"].items()})
             for one in content["speculation"]
         ]
-        foretold = bool(content.get("foretold", True))
-        return Behaviour(
-            after_hit=read_outcomes(counts, fan_out, after_hit=True),
-            after_miss=read_outcomes(counts, fan_out, after_hit=False),
-            foretold=(foretold, foretold),
+        after_miss, after_hit = (
+            read_outcomes(counts, fan_out, after_hit=kind) for kind in (False, True)
         )
     except SsdJaxError as error:
         raise RequestError(f"The trace {path} cannot be used: {error}") from error
@@ -142,24 +158,54 @@ def read_trace(path: Path) -> Behaviour:
             f"The trace {path} should have fan_out and, of each answer of SSD, speculation with "
             f"its lookups ({type(error).__name__}: {error}): write it from Completion.speculation."
         ) from error
+    foretold = bool(content.get("foretold", True))
+    if fallback == "neural":
+        after_miss = after_hit = _together(after_miss, after_hit)
+    return Trace(
+        behaviour=Behaviour(
+            after_hit=after_hit,
+            after_miss=after_miss,
+            foretold=(foretold, foretold and fallback == "neural"),
+        ),
+        fallback=fallback,
+    )
 
 
-def trace_laws(behaviour: Behaviour, draft_len: int) -> OutcomeLaws:
-    """How drafts of that length come out, by a trace of drafts at least as long.
+def trace_laws(trace: Trace, method: SimulatedMethod) -> OutcomeLaws:
+    """How the drafts of a method come out, by a trace of drafts at least as long.
 
     Raises:
-        RequestError: the trace's drafts were shorter.
+        RequestError: the trace's drafts were shorter, or another fallback's.
     """
-    longest = len(behaviour.after_hit.accepted) - 1
-    if draft_len > longest:
+    longest = len(trace.behaviour.after_hit.accepted) - 1
+    if method.draft_len > longest:
         raise RequestError(
-            f"The trace is of drafts of {longest} tokens, got a method with {draft_len}: lower its "
-            "k, or record longer drafts."
+            f"The trace is of drafts of {longest} tokens, got a method with {method.draft_len}: "
+            "lower its k, or record longer drafts."
         )
-    own = behaviour.shortened(draft_len)
+    if method.fan_out is not None and method.fallback != trace.fallback:
+        raise RequestError(
+            f"The trace was recorded with the {trace.fallback} fallback, got a method with "
+            f"{method.fallback}: record one with that."
+        )
+    own = trace.behaviour.shortened(method.draft_len)
     hits = own.after_hit if own.after_hit.accepted.sum() else own.after_miss
     misses = own.after_miss if own.after_miss.accepted.sum() else own.after_hit
     return OutcomeLaws(after_hit=counted_law(hits), after_miss=counted_law(misses))
+
+
+def _together(one: Outcomes, other: Outcomes) -> Outcomes:
+    """The counts of both, of which one may have been given fewer guesses."""
+    width = max(one.hits_by_rank.shape[1], other.hits_by_rank.shape[1])
+    hits = [
+        np.pad(outcomes.hits_by_rank, ((0, 0), (0, width - outcomes.hits_by_rank.shape[1])))
+        for outcomes in (one, other)
+    ]
+    return Outcomes(
+        accepted=one.accepted + other.accepted,
+        hits_by_rank=hits[0] + hits[1],
+        lookups=one.lookups + other.lookups,
+    )
 
 
 def _from_tuned(path: Path) -> PartsRecord:
@@ -181,10 +227,13 @@ def _from_tuned(path: Path) -> PartsRecord:
         batch=tuned.measured.batch_size,
         costs=MeasuredCosts(times=tuned.times, draft_s=tuned.times.neural_s),
         speeds={},
-        behaviour=Behaviour(
-            after_hit=outcomes(figures.accepted_after_hit, figures.guesses_after_hit),
-            after_miss=outcomes(figures.accepted_after_miss, figures.guesses_after_miss),
-            foretold=(False, False),
+        trace=Trace(
+            behaviour=Behaviour(
+                after_hit=outcomes(figures.accepted_after_hit, figures.guesses_after_hit),
+                after_miss=outcomes(figures.accepted_after_miss, figures.guesses_after_miss),
+                foretold=(False, False),
+            ),
+            fallback=tuned.choice.setting.fallback,
         ),
     )
 

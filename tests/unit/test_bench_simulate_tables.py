@@ -13,7 +13,7 @@ from bench.simulate.calibrate import calibrate, costs_on_h100
 from bench.simulate.chips import Latencies, find_chip, find_shape, pass_s
 from bench.simulate.command import add_simulate_arguments, run_simulate
 from bench.simulate.comparison import compare_published
-from bench.simulate.methods import SimulatedMethod
+from bench.simulate.methods import SimulatedMethod, parse_simulated
 from bench.simulate.outcomes import OutcomeLaw, OutcomeLaws
 from bench.simulate.own_machine import compare_own
 from bench.simulate.records import OWN_MACHINE, read_parts, read_speeds, read_trace, trace_laws
@@ -222,6 +222,7 @@ def trace(tmp_path):
     content = {
         "schema": 1,
         "fan_out": {"after_hit": [3, 3, 3], "after_miss": [3, 3, 3]},
+        "fallback": "ngram",
         "foretold": False,
         "speculation": [dataclasses.asdict(one) for one in answers],
     }
@@ -231,7 +232,7 @@ def trace(tmp_path):
 
 def test_trace_gives_back_the_laws_it_was_drawn_from(trace):
     path, laws = trace
-    read = trace_laws(read_trace(path), 2)
+    read = trace_laws(read_trace(path), parse_simulated("ssd:k=2,f=3,fallback=ngram"))
     for own, drawn in ((read.after_hit, laws.after_hit), (read.after_miss, laws.after_miss)):
         np.testing.assert_allclose(own.accepted, drawn.accepted, atol=0.03)
         np.testing.assert_allclose(own.guessed, drawn.guessed, atol=0.05)
@@ -239,13 +240,26 @@ def test_trace_gives_back_the_laws_it_was_drawn_from(trace):
 
 def test_trace_predicts_another_fan_out(trace):
     path, laws = trace
-    read = trace_laws(read_trace(path), 2)
+    read = trace_laws(read_trace(path), parse_simulated("ssd:k=2,f=3,fallback=ngram"))
     for counts in ((1, 1, 1), (2, 0, 3)):
         assert read.stationary_hit_rate(counts, counts) == pytest.approx(
             laws.stationary_hit_rate(counts, counts), abs=0.03
         )
     with pytest.raises(RequestError, match="record longer drafts"):
-        trace_laws(read_trace(path), 3)
+        trace_laws(read_trace(path), parse_simulated("draft:k=3"))
+    with pytest.raises(RequestError, match="record one with that"):
+        trace_laws(read_trace(path), parse_simulated("ssd:k=2"))
+
+
+def test_outcomes_of_one_draft_model_are_counted_together(trace):
+    path, _ = trace
+    apart = read_trace(path).behaviour
+    path.write_text(path.read_text().replace('"ngram"', '"neural"'))
+    together = read_trace(path).behaviour
+    for name in ("accepted", "hits_by_rank", "lookups"):
+        parts = (getattr(one, name) for one in (apart.after_hit, apart.after_miss))
+        np.testing.assert_array_equal(getattr(together.after_hit, name), sum(parts))
+    assert together.after_miss is together.after_hit
 
 
 def tuned_file(path):
@@ -316,7 +330,7 @@ def test_run_takes_a_tuned_file_with_its_own_outcomes(tmp_path, capsys):
 
 def test_run_with_a_trace_and_with_chances(trace, tmp_path, capsys):
     path = tuned_file(tmp_path / "tuned.toml")
-    common = ["run", "--parts", path, "--methods", "draft:k=2", "ssd:k=2,f=3-1-2", "--runs", 8]
+    common = ["run", "--parts", path, "--methods", "draft:k=2", "ssd:k=2,f=3-1-2,fallback=ngram"]
     assert run(*common, "--trace", trace[0], "--seed", 3) == 0
     first = capsys.readouterr().out
     assert run(*common, "--trace", trace[0], "--seed", 3) == 0
@@ -403,10 +417,13 @@ def test_files_that_are_none_are_refused_in_words(tmp_path):
     broken.write_text("[]")
     with pytest.raises(RequestError, match="a JSON object, got list"):
         read_speeds(broken)
-    broken.write_text('{"schema": 1}')
+    broken.write_text('{"schema": 1, "fallback": "neural"}')
     with pytest.raises(RequestError, match="speeds of `methods`"):
         read_speeds(broken)
     with pytest.raises(RequestError, match="should have fan_out"):
+        read_trace(broken)
+    broken.write_text('{"schema": 1}')
+    with pytest.raises(RequestError, match="neural or ngram, got None"):
         read_trace(broken)
 
 
