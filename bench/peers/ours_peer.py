@@ -1,0 +1,81 @@
+"""ssd-jax as one of the peers, so that it is measured by the same rules as the others.
+
+Modes and options are those of `bench/methods.py`. Prefill ends when all models have read the
+prompt; every token of the answer is decoded after that.
+"""
+
+import time
+
+import jax
+
+from bench.methods import BenchMethod, parse_method
+from bench.peers.protocol import Answer, Load, Loaded, PeerFailure, Run, serve
+from ssd_jax import Model, SamplingParams, load_model
+from ssd_jax.cli.environment import use_compilation_cache
+from ssd_jax.engine.batch import make_requests
+from ssd_jax.generation import choose_method
+
+
+class Ours:
+    """The models, once they are loaded, and the methods so far, whose tables take time to make."""
+
+    def __init__(self) -> None:
+        self._target: Model | None = None
+        self._draft: Model | None = None
+        self._methods: dict[str, BenchMethod] = {}
+
+    def load(self, request: Load) -> Loaded:
+        """Models from folders."""
+        if request.dtype not in ("float32", "bfloat16"):
+            raise PeerFailure(f"ssd-jax runs float32 or bfloat16, not {request.dtype}.")
+        use_compilation_cache(None)
+        self._target = load_model(request.target, request.dtype)
+        if request.draft is not None:
+            self._draft = load_model(request.draft, request.dtype)
+        return Loaded(versions={"jax": jax.__version__})
+
+    def run(self, request: Run) -> Answer:
+        """One answer."""
+        if self._target is None:
+            raise PeerFailure("A request came before the models were named.")
+        params = SamplingParams(max_tokens=request.max_tokens, ignore_eos=True)
+        speculation = self._method(request, params).speculation
+        requests = make_requests(self._target, [request.prompt], params)
+        method, batch = choose_method(self._target, requests, speculation)
+        started = time.perf_counter()
+        state = jax.block_until_ready(method.prefill(batch))
+        prefilled = time.perf_counter()
+        state = method.advance(batch, state, batch.max_steps)
+        target, stats, _ = method.view(state)
+        row = jax.device_get(target.tokens)[0]
+        done = time.perf_counter()
+        start = len(request.prompt)
+        drafted, accepted = (None, None) if stats is None else (stats.drafted, stats.accepted)
+        return Answer(
+            tokens=row[start : start + request.max_tokens].tolist(),
+            first_s=prefilled - started,
+            decode_s=done - prefilled,
+            decode_tokens=request.max_tokens,
+            drafted=None if drafted is None else int(drafted[0].sum()),
+            accepted=None if accepted is None else int(accepted[0].sum()),
+        )
+
+    def _method(self, request: Run, params: SamplingParams) -> BenchMethod:
+        """The method of that name, made once."""
+        parts = [f"{name}={value}" if value else name for name, value in request.options.items()]
+        name = ":".join(filter(None, (request.mode, ",".join(parts))))
+        if name not in self._methods:
+            if self._target is None or (self._draft is None and request.mode not in _WITHOUT_DRAFT):
+                raise PeerFailure(f"Method {name} needs a draft model, got none.")
+            # Without a draft none of these methods looks at it.
+            draft = self._draft or self._target
+            method = parse_method(name, draft, draft)
+            self._methods[name] = method.prepare(self._target, params, 1)
+        return self._methods[name]
+
+
+_WITHOUT_DRAFT = ("ar", "ngram", "wide")
+
+if __name__ == "__main__":
+    peer = Ours()
+    serve(peer.load, peer.run)
