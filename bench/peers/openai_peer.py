@@ -62,8 +62,8 @@ class OpenAI:
         if key := os.environ.get("OPENAI_API_KEY"):
             headers["Authorization"] = f"Bearer {key}"
         data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self._address + path, data, headers)
         try:
+            request = urllib.request.Request(self._address + path, data, headers)
             return urllib.request.urlopen(request, timeout=SECONDS)
         except urllib.error.HTTPError as error:
             text = error.read().decode(errors="replace")[:300]
