@@ -5,12 +5,15 @@ prompt; every token of the answer is decoded after that.
 """
 
 import time
+from pathlib import Path
+from typing import Literal
 
 import jax
 
 from bench.methods import BenchMethod, parse_method
 from bench.peers.protocol import Answer, Load, Loaded, PeerFailure, Run, serve
 from ssd_jax import Model, SamplingParams, load_model
+from ssd_jax.checkpointing import load_checkpoint
 from ssd_jax.cli.environment import use_compilation_cache
 from ssd_jax.engine.batch import make_requests
 from ssd_jax.generation import choose_method
@@ -26,12 +29,12 @@ class Ours:
 
     def load(self, request: Load) -> Loaded:
         """Models from folders."""
-        if request.dtype not in ("float32", "bfloat16"):
-            raise PeerFailure(f"ssd-jax runs float32 or bfloat16, not {request.dtype}.")
+        if request.dtype == "q8_0":
+            raise PeerFailure("ssd-jax runs float32 or bfloat16, not q8_0.")
         use_compilation_cache(None)
-        self._target = load_model(request.target, request.dtype)
+        self._target = _read_model(request.target, request.dtype)
         if request.draft is not None:
-            self._draft = load_model(request.draft, request.dtype)
+            self._draft = _read_model(request.draft, request.dtype)
         return Loaded(versions={"jax": jax.__version__})
 
     def run(self, request: Run) -> Answer:
@@ -72,6 +75,14 @@ class Ours:
             method = parse_method(name, draft, draft)
             self._methods[name] = method.prepare(self._target, params, 1)
         return self._methods[name]
+
+
+def _read_model(folder: str, dtype: Literal["float32", "bfloat16"]) -> Model:
+    """The model in a folder, with a tokenizer if there is one."""
+    if (Path(folder) / "tokenizer.json").is_file():
+        return load_model(folder, dtype)
+    loaded = load_checkpoint(Path(folder), dtype)
+    return Model(config=loaded.config, params=loaded.params, tokenizer=None)
 
 
 _WITHOUT_DRAFT = ("ar", "ngram", "wide")

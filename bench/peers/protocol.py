@@ -12,7 +12,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 
 class PeerFailure(Exception):
@@ -26,14 +26,14 @@ class Load:
     Attributes:
         target: folder or file of the target's weights, or address of a server that has them.
         draft: the same of the draft, None for none.
-        dtype: "float32", "bfloat16" or "q8_0".
+        dtype: precision of the weights.
         threads: processor cores to use.
         context: tokens of the longest prompt and its answer together.
     """
 
     target: str
     draft: str | None
-    dtype: str
+    dtype: Literal["float32", "bfloat16", "q8_0"]
     threads: int
     context: int
 
