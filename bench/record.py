@@ -1,4 +1,7 @@
-"""The record of a run: where it ran, and writing it so that no half-written file is left."""
+"""The record of a run: where it ran, writing it so that no half-written file is left, reading it.
+
+What is in a record is described in bench/RECORDS.md.
+"""
 
 import datetime
 import json
@@ -6,10 +9,14 @@ import os
 import platform
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import jax
 
+from ssd_jax.errors import RequestError
 from ssd_jax.whole_file import write_whole
+
+SCHEMA = 2  # of the records of `ssd-jax bench run`; raised when a field changes its meaning
 
 
 def environment() -> dict[str, object]:
@@ -41,6 +48,44 @@ def write_record(record: dict[str, object], path: Path | None) -> None:
         print(text, end="")
         return
     write_whole(path, text.encode())
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """A record as it was written.
+
+    Raises:
+        RequestError: the file cannot be read, or holds something else.
+    """
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RequestError(
+            f"A record should be a JSON file that `ssd-jax bench` wrote, but {path} cannot be read "
+            f"as one ({error}): name another file."
+        ) from error
+    if not isinstance(record, dict) or "schema" not in record:
+        raise RequestError(
+            f"A record should be a JSON object with a schema, but {path} is not: name another file."
+        )
+    return record
+
+
+def require_run(record: dict[str, Any], path: Path) -> None:
+    """Refuse what is not a record of `bench run` in the present schema.
+
+    Raises:
+        RequestError: naming what it is instead.
+    """
+    if record.get("kind") != "run":
+        raise RequestError(
+            f"{path} should be a record of `ssd-jax bench run`, got one of kind "
+            f"{record.get('kind')!r}: name another file."
+        )
+    if record["schema"] != SCHEMA:
+        raise RequestError(
+            f"{path} should have schema {SCHEMA}, got {record['schema']!r}: it was written by "
+            "another version of the benchmark, so measure again into another file."
+        )
 
 
 def _commit() -> str | None:

@@ -1,13 +1,13 @@
 """Seconds of a request's parts: prefill, first step, the rest of decoding, and the host's share."""
 
 import dataclasses
-import statistics
 import time
 from collections.abc import Callable, Sequence
 
 import jax
 
 from ssd_jax import SSD, Model, SamplingParams, Speculation, generate, stream
+from ssd_jax.decoding.finish import Finish
 from ssd_jax.engine.batch import make_requests
 from ssd_jax.generation import choose_method
 
@@ -37,14 +37,6 @@ class Timing:
         return self.prefill_s + self.first_step_s
 
 
-def median_timing(timings: Sequence[Timing]) -> Timing:
-    """The median of each part by itself."""
-    parts = [field.name for field in dataclasses.fields(Timing)]
-    return Timing(
-        **{part: statistics.median(getattr(one, part) for one in timings) for part in parts}
-    )
-
-
 def time_parts(
     model: Model,
     prompts: Prompts,
@@ -68,6 +60,34 @@ def time_parts(
         decode_s=done - prefilled,
         decode_cpu_s=done_cpu - prefilled_cpu,
     )
+
+
+def time_deliveries(
+    model: Model,
+    prompts: Prompts,
+    params: Sequence[SamplingParams],
+    speculation: Speculation | SSD | None,
+) -> list[tuple[float, int]]:
+    """Seconds and new tokens (of all rows) of each step or round, the host looking after each.
+
+    That is what a reader sees to whom every round is shown at once.
+    """
+    requests = make_requests(model, prompts, params)
+    method, batch = choose_method(model, requests, speculation)
+    state = jax.block_until_ready(method.prefill(batch))
+    seen = int(batch.lengths.sum())
+    deliveries = []
+    running, before = True, time.perf_counter()
+    while running:
+        state = method.advance(batch, state, 1)
+        target = method.view(state)[0]
+        _, lengths, finish = jax.device_get((target.tokens, target.lengths, target.finish))
+        now, known = time.perf_counter(), int(lengths.sum())
+        if known > seen:  # the last round of ssd may find that all is said
+            deliveries.append((now - before, known - seen))
+            before, seen = now, known
+        running = bool((finish == Finish.RUNNING).any())
+    return deliveries
 
 
 def time_host(

@@ -10,6 +10,7 @@ from typing import Literal, get_args
 from ssd_jax.errors import RequestError
 
 WorkloadName = Literal["stdlib-continue", "copy-heavy", "nothing-repeats"]
+Style = Literal["plain", "docstring", "question", "chat", "random"]
 
 COPIES = 4  # of a function in a copy-heavy prompt
 COPY_HEAVY_SHARE = 0.7  # of an answer that has to repeat its prompt
@@ -54,14 +55,19 @@ class Workload:
     """Prompts and how they are to be answered.
 
     Attributes:
-        name: of the workload, or of the file it was read from.
+        name: of the workload.
         prompts: candidates, in the order in which they are to be used.
+        style: what is put around a prompt (see `prompt_sets.encode_prompt`); a "random" one is the
+            seed of random tokens.
+        source: where the prompts come from: a file's name, or in words.
         temperature: for the answers; 0 is greedy.
         min_repeated: share of an answer that must be copied from the prompt for it to be used.
     """
 
     name: str
     prompts: tuple[str, ...]
+    style: Style = "plain"
+    source: str = "standard library"
     temperature: float = 0.0
     min_repeated: float = 0.0
 

@@ -20,6 +20,7 @@ _COMMANDS = {
     "generate": "text that continues a prompt",
     "chat": "a conversation with a model that has a chat template",
     "tune": "options of speculative speculative decoding, chosen by measuring on this machine",
+    "bench": "methods, parts and peers measured, from a clone of the repository",
     "convert": "a Hugging Face checkpoint into the project's own format",
     "inspect": "what a checkpoint folder holds",
     "doctor": "devices, versions, memory, caches and kernels of this machine",
