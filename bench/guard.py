@@ -25,10 +25,12 @@ from ssd_jax.cli.parser import number
 from ssd_jax.errors import RequestError
 
 GRID = (
-    "--workloads code copy-heavy --methods draft:k=2 draft:k=3 ngram combined:k=3 "
-    "ssd:k=3,f=3-2-2-3 ssd:k=4,f=2-2-1-1-2 --num-prompts 4 --max-tokens 128 --rounds 5 "
-    "--split --host --timeline"
-).split()
+    *("--workloads", "code", "copy-heavy"),
+    *("--methods", "draft:k=2", "draft:k=3", "ngram", "combined:k=3"),
+    *("ssd:k=3,f=3-2-2-3", "ssd:k=4,f=2-2-1-1-2"),
+    *("--num-prompts", "4", "--max-tokens", "128", "--rounds", "5"),
+    *("--split", "--host", "--timeline"),
+)
 LIMITS = Path(__file__).parent / "limits.toml"
 SPECULATION, SSD, OVERLAP, HOST = (
     "speculation/ar",
@@ -129,7 +131,7 @@ def judge(
 def loosened(
     found: Mapping[str, Mapping[str, float]], tolerance: float
 ) -> dict[str, dict[str, float]]:
-    """Limits that these ratios would keep with so large a share to spare (of the host: absolute)."""
+    """Limits that these ratios keep with so large a share to spare (the host's share: so much)."""
     return {
         cell: {
             ratio: value + tolerance if ratio in AT_MOST else value * (1 - tolerance)

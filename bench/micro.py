@@ -18,6 +18,7 @@ between two looks at the clock, so that waiting for it counts little.
 
 import argparse
 import statistics
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,10 @@ def main(argv: Sequence[str]) -> int:
     if draft_device is not None:
         draft = place_model(draft, draft_device)
     pair = Pair(target=target, draft=draft, turns=args.rounds + 1)
+    parts = {}
+    for name in args.parts:
+        print(f"{name} ...", file=sys.stderr)
+        parts[name] = measure_part(PARTS[name](pair), args.rounds)
     record: dict[str, Any] = {
         "kind": "micro",
         "schema": SCHEMA,
@@ -58,7 +63,7 @@ def main(argv: Sequence[str]) -> int:
         "model": args.model or "demo",
         "draft_model": args.draft_model or "demo",
         "rounds": args.rounds,
-        "parts": {name: measure_part(PARTS[name](pair), args.rounds) for name in args.parts},
+        "parts": parts,
     }
     write_record(record, Path(args.out) if args.out else None)
     return 0

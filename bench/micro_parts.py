@@ -27,8 +27,8 @@ from ssd_jax.types import PreparedDrafts, Sampling, Verdict
 
 CHAIN = 16  # calls in a turn
 LOOPS = 64  # turns of a loop on the device
-WIDTHS = (1, 2, 3, 4, 5, 6, 8, 12, 16)
-BRANCHES = (1, 2, 4, 8, 16, 32, 64)
+WIDTHS = (1, 2, 3, 4, 5, 8, 16)
+BRANCHES = (1, 4, 8, 16, 64)
 LEAVES = (1, 10, 100, 1000)
 DRAFT_LEN = 3
 VOCABULARY = 128_256  # Llama 3's
