@@ -42,58 +42,71 @@ def draw_all(runs: Mapping[str, Record]) -> dict[str, bytes]:
 
 
 def draw_speed(record: Record) -> "Figure | None":
-    """Decode speed against plain decoding: a group of bars for each cell, a bar for each method."""
+    """Decode speed against plain decoding: a panel for each batch size and temperature.
+
+    In a panel each workload has a group of bars, each method a bar.
+    """
     cells = _measured(record)
-    if not cells:
-        return None
     methods = [name for name in record["plan"]["methods"] if name != "ar"]
-    if not methods:
+    if not cells or not methods:
         return None
-    figure, axes = _figure(max(7.0, 1.2 + 0.34 * len(cells) * (len(methods) + 1)), 4.6)
-    width = 0.85 / len(methods)
-    for index, method in enumerate(methods):
-        places = [cell + (index - (len(methods) - 1) / 2) * width for cell in range(len(cells))]
-        figures = [cell["methods"][method] for cell in cells]
-        ratios = [one["decode_ratio_to_ar"] for one in figures]
-        lows = [
-            r - min(r, one["decode_ratio_spread"][0])
-            for r, one in zip(ratios, figures, strict=True)
-        ]
-        highs = [
-            max(r, one["decode_ratio_spread"][2]) - r
-            for r, one in zip(ratios, figures, strict=True)
-        ]
-        axes.bar(
-            places,
-            ratios,
-            width * 0.94,
-            yerr=[lows, highs],
-            label=method,
-            hatch=_HATCHES[index % len(_HATCHES)],
-            color=_COLOURS[index % len(_COLOURS)],
-            edgecolor="black",
-            linewidth=0.7,
-            error_kw={"linewidth": 0.9, "capsize": 2},
-        )
-        for place, ratio, high in zip(places, ratios, highs, strict=True):
-            axes.text(
-                place, ratio + high + 0.03, f"{ratio:.2f}", ha="center", fontsize=7, rotation=90
-            )
-    axes.axhline(1, color="black", linewidth=0.9, linestyle="--")
-    axes.margins(y=0.14)
-    axes.set_xticks(range(len(cells)), [_label(cell, record) for cell in cells])
-    axes.set_ylabel("decode speed, plain decoding = 1")
-    axes.set_title(
-        "Speed by workload and method (whiskers: slowest and fastest prompts)", fontsize=10
+    panels: dict[str, list[Record]] = {}
+    for cell in cells:
+        panels.setdefault(_setting(cell, record), []).append(cell)
+    groups = max(map(len, panels.values()))
+    figure = _bare_figure(1.4 + 0.36 * groups * (len(methods) + 1), 1.5 + 2.9 * len(panels))
+    grid = figure.subplots(len(panels), 1, squeeze=False, sharey=True)[:, 0]
+    for axes, (setting, own) in zip(grid, panels.items(), strict=True):
+        for index, method in enumerate(methods):
+            offset = (index - (len(methods) - 1) / 2) * 0.85 / len(methods)
+            _draw_bars(axes, own, method, index, offset, 0.8 / len(methods))
+        axes.axhline(1, color="black", linewidth=0.9, linestyle="--")
+        axes.margins(y=0.14)
+        axes.set_xticks(range(len(own)), [_workload(cell, own) for cell in own])
+        axes.set_ylabel("plain decoding = 1")
+        axes.set_title(setting, fontsize=9, loc="left")
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(
+        "Decode speed by workload and method (whiskers: slowest and fastest prompts)", fontsize=10
     )
-    _legend(figure, axes)
+    _legend(figure, grid[0])
     return figure
 
 
+def _draw_bars(
+    axes: "Axes", cells: list[Record], method: str, index: int, offset: float, width: float
+) -> None:
+    """One method's bar in each cell's group."""
+    places = [place + offset for place in range(len(cells))]
+    figures = [cell["methods"][method] for cell in cells]
+    ratios = [one["decode_ratio_to_ar"] for one in figures]
+    spreads = list(zip(ratios, (one["decode_ratio_spread"] for one in figures), strict=True))
+    lows = [ratio - min(ratio, spread[0]) for ratio, spread in spreads]
+    highs = [max(ratio, spread[2]) - ratio for ratio, spread in spreads]
+    axes.bar(
+        places,
+        ratios,
+        width,
+        yerr=[lows, highs],
+        label=method,
+        hatch=_HATCHES[index % len(_HATCHES)],
+        color=_COLOURS[index % len(_COLOURS)],
+        edgecolor="black",
+        linewidth=0.7,
+        error_kw={"linewidth": 0.9, "capsize": 2},
+    )
+    for place, ratio, high in zip(places, ratios, highs, strict=True):
+        told = f" {ratio:.2f}"
+        axes.text(place, ratio + high, told, ha="center", va="bottom", fontsize=7, rotation=90)
+
+
 def draw_hits(record: Record) -> "Figure | None":
-    """The share of outcomes that were prepared, against how many guesses there were for each."""
+    """The share of outcomes that were prepared, against how many guesses there were for each.
+
+    Of several batch sizes the smallest is shown, here and for acceptance.
+    """
     lines: dict[str, list[tuple[float, float]]] = {}
-    for cell in _measured(record):
+    for cell in _smallest_batch(record):
         for name, one in cell["methods"].items():
             if "outcomes" in one:
                 options = _options(name)
@@ -120,7 +133,7 @@ def draw_acceptance(record: Record) -> "Figure | None":
     """The share of drafts whose first 1, 2, ... tokens were accepted, a panel for each cell."""
     cells = [
         cell
-        for cell in _measured(record)
+        for cell in _smallest_batch(record)
         if any("drafters" in one for one in cell["methods"].values())
     ]
     if not cells:
@@ -137,7 +150,7 @@ def draw_acceptance(record: Record) -> "Figure | None":
                 while shares and shares[-1] == 0:
                     shares = shares[:-1]
                 if shares:
-                    label = name if drafter in name else f"{name}: {drafter}"
+                    label = name if len(one["drafters"]) == 1 else f"{name}: {drafter}"
                     index = drawn.setdefault(label, len(drawn))
                     _line(axes, list(enumerate(shares, 1)), label, index)
         axes.set_title(_label(cell, record).replace("\n", ", "), fontsize=9)
@@ -276,6 +289,25 @@ def _legend(figure: "Figure", axes: "Axes") -> None:
 
 def _measured(record: Record) -> list[Record]:
     return [cell for cell in record["cells"] if cell["units"]]
+
+
+def _smallest_batch(record: Record) -> list[Record]:
+    """The cells of the smallest batch size."""
+    smallest = min(record["plan"]["batches"])
+    return [cell for cell in _measured(record) if cell["batch"] == smallest]
+
+
+def _setting(cell: Record, record: Record) -> str:
+    """The cell's batch size and, if several were asked for, its temperature."""
+    told = f"batch {cell['batch']}"
+    several = len(record["plan"]["temperatures"]) > 1
+    return f"{told}, temperature {cell['temperature']:g}" if several else told
+
+
+def _workload(cell: Record, cells: list[Record]) -> str:
+    """The cell's workload, and its temperature where not all of a panel have the same."""
+    several = len({one["temperature"] for one in cells}) > 1
+    return f"{cell['workload']}\n(T {cell['temperature']:g})" if several else cell["workload"]
 
 
 def _label(cell: Record, record: Record) -> str:
