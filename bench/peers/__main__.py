@@ -109,10 +109,10 @@ def run(args: argparse.Namespace, cores: list[int], work: Path) -> dict[str, obj
     from bench.peers.compare import measure, summarise
     from bench.peers.weights import RANDOM_60M, Pair, hf_folder, random_folder
     from bench.record import environment
-    from bench.workloads import read_workload
     from ssd_jax.checkpointing.load import read_config
     from ssd_jax.model import demo_folder
     from ssd_jax.text import load_tokenizer
+    from ssd_jax.text.prompt_file import read_prompts
 
     for option in ("num_prompts", "max_tokens", "rounds"):
         if getattr(args, option) < 1:
@@ -131,8 +131,8 @@ def run(args: argparse.Namespace, cores: list[int], work: Path) -> dict[str, obj
             draft=hf_folder(args.draft_model or demo_folder("draft"), work),
         )
         tokenizer, config = load_tokenizer(pair.target), read_config(pair.target)
-        workload = read_workload(args.prompts)
-        encoded = [tokenizer.encode(prompt) for prompt in workload.prompts]
+        texts = read_prompts(args.prompts)
+        encoded = [tokenizer.encode(prompt) for prompt in texts]
         fitting = [ids for ids in encoded if len(ids) + args.max_tokens <= config.max_context]
         prompts = fitting[: args.num_prompts]
     if not prompts:

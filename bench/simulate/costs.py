@@ -8,7 +8,7 @@ import dataclasses
 from typing import Protocol
 
 from bench.simulate.chips import Chip, Latencies, ModelShape, pass_s
-from ssd_jax.decoding.ssd import Fallback
+from ssd_jax.engine.ssd_options import Fallback
 from ssd_jax.errors import RequestError
 from ssd_jax.tuning.speed import Times
 

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import get_args
 
-from ssd_jax.decoding.ssd import Fallback
+from ssd_jax.engine.ssd_options import Fallback
 from ssd_jax.errors import RequestError
 from ssd_jax.fan_out import FanOut, uniform_fan_out
 

@@ -27,10 +27,10 @@ import numpy as np
 from bench.simulate.costs import MeasuredCosts
 from bench.simulate.methods import SimulatedMethod
 from bench.simulate.outcomes import OutcomeLaws, counted_law
-from ssd_jax.decoding.ssd import Fallback
+from ssd_jax.engine.counts import LookupCounts
+from ssd_jax.engine.ssd_options import Fallback
 from ssd_jax.errors import RequestError, SsdJaxError
 from ssd_jax.fan_out import FanOut
-from ssd_jax.generation import LookupCounts
 from ssd_jax.tuning.measuring import read_outcomes
 from ssd_jax.tuning.speed import Behaviour, Outcomes, Times
 from ssd_jax.tuning.tuned_file import read_tuned

@@ -20,7 +20,7 @@ from bench.simulate.costs import ChipCosts, EngineTimes, Placement
 from bench.simulate.methods import SimulatedMethod
 from bench.simulate.outcomes import OutcomeLaws, PowerLaw, geometric_law, power_law_through
 from bench.simulate.rounds import Simulated, Work, expected_rate, simulate
-from ssd_jax.decoding.ssd import Fallback
+from ssd_jax.engine.ssd_options import Fallback
 from ssd_jax.errors import RequestError
 from ssd_jax.fan_out import FanOut, measured_fan_out
 

@@ -1,7 +1,6 @@
 """The Blackwell decode kernel compiled for a B200: resources and instructions, without a GPU."""
 
 import pytest
-
 from pallas_kernels.proof.ahead_of_time import compile_case, missing
 from pallas_kernels.proof.targets import TARGETS
 

@@ -24,9 +24,9 @@ from bench.simulate.scale import (
     make_placement,
     predict_points,
 )
+from ssd_jax.engine.counts import DraftCounts, LookupCounts, SpeculationCounts
 from ssd_jax.errors import RequestError, SsdJaxError
 from ssd_jax.fan_out import branch_layout
-from ssd_jax.generation import DraftCounts, LookupCounts, SpeculationCounts
 from ssd_jax.tuning.speed import Times
 from ssd_jax.tuning.tuned_file import Choice, Expected, Measured, OutcomeFigures, Tuned, write_tuned
 
