@@ -35,6 +35,8 @@ class ForwardConfig:
         order; "wait": after waiting for that) or beside them ("none", if tensor memory is enough).
     programs: blocks launched, each of which works on several items in turn.
     out_stages: staging buffers of the output.
+    pair: two SMs multiply together, rows of both by keys of which each holds one half; halves what
+        an SM loads and stores of keys and values. The interpreter cannot run it.
     registers: per thread of the softmax, the correction and the load/multiply warpgroup.
     """
 
@@ -49,6 +51,7 @@ class ForwardConfig:
     programs: int = 148
     out_stages: int = 2
     registers: tuple[int, int, int] = (184, 80, 64)
+    pair: bool = False
 
     def __post_init__(self) -> None:
         """Refuse what no kernel can be built for.
@@ -70,6 +73,8 @@ class ForwardConfig:
             )
         if self.overlay not in ("in_order", "wait", "none"):
             raise ValueError(f"overlay must be in_order, wait or none, got {self.overlay!r}.")
+        if self.pair and self.overlay == "wait":
+            raise ValueError('overlay "wait" is for tests of single blocks, not for a pair.')
         if self.polynomial_degree not in COEFFICIENTS:
             raise ValueError(
                 f"polynomial_degree must be one of {sorted(COEFFICIENTS)}, got "
@@ -99,9 +104,9 @@ class ForwardConfig:
         return self.block_kv // self.chunk
 
     @property
-    def rows(self) -> int:
-        """Query rows a block works on at once."""
-        return self.tiles * TILE_ROWS
+    def blocks(self) -> int:
+        """Blocks, and SMs, that work together."""
+        return 2 if self.pair else 1
 
     def is_polynomial(self, index: int) -> bool:
         """Whether that chunk of a row uses the polynomial; the last chunk is the last to do so."""
@@ -115,8 +120,8 @@ class ForwardConfig:
 
     def smem_bytes(self, head_dim: int, itemsize: int = 2) -> int:
         """Bytes of shared memory: query tiles, blocks of keys and values, output on its way."""
-        query = self.rows * head_dim
-        keys_values = 2 * self.kv_stages * self.block_kv * head_dim
+        query = self.tiles * TILE_ROWS * head_dim
+        keys_values = 2 * self.kv_stages * self.block_kv * head_dim // self.blocks
         out = self.out_stages * TILE_ROWS * OUT_COLUMNS
         return (query + keys_values + out) * itemsize + SMEM_RESERVE
 
@@ -143,3 +148,10 @@ def forward_config(head_dim: int) -> ForwardConfig:
     if head_dim <= 192:
         return ForwardConfig(block_kv=64)
     return ForwardConfig(tiles=1, kv_stages=1, overlay="none", registers=(232, 152, 128))
+
+
+def paired(config: ForwardConfig) -> ForwardConfig:
+    """The configuration with which two SMs do the same together, and prefetch twice as far."""
+    return dataclasses.replace(
+        config, pair=True, kv_stages=2 * config.kv_stages, registers=(176, 88, 72)
+    )

@@ -52,15 +52,21 @@ class Schedule:
     num_kv_heads: int
     head_bytes: int  # of one key
     tiles: int
+    blocks: int  # that work together and have 128 rows of each tile
     block_kv: int
     causal: bool
     window: int | None
     has_bounds: bool  # the kernel is told each row's start and length
 
     @property
+    def tile_rows(self) -> int:
+        """Query rows of a tile."""
+        return self.blocks * TILE_ROWS
+
+    @property
     def rows(self) -> int:
         """Query rows of an item."""
-        return self.tiles * TILE_ROWS
+        return self.tiles * self.tile_rows
 
     @property
     def num_row_blocks(self) -> int:
@@ -107,10 +113,10 @@ class Schedule:
             first_block = lax.div(lax.max(start + row - (self.window - 1), 0), self.block_kv)
         num_blocks = []
         for tile in range(self.tiles):
-            first_row = row + tile * TILE_ROWS
+            first_row = row + tile * self.tile_rows
             end = length
             if self.causal:
-                end = lax.min(end, start + first_row + TILE_ROWS)
+                end = lax.min(end, start + first_row + self.tile_rows)
             count = lax.max(_divide_up(end, self.block_kv) - first_block, 0)
             num_blocks.append(jnp.where(first_row < self.num_tokens, count, 0))
         return Item(
@@ -124,9 +130,13 @@ class Schedule:
             length=length,
         )
 
-    def unmasked(self, item: Item, tile: int) -> tuple[jax.Array, jax.Array]:
-        """The range of an item's blocks that every row of a tile sees whole."""
-        position, count = item.start + item.row + tile * TILE_ROWS, item.num_blocks[tile]
+    def first_row(self, item: Item, tile: int, rank: jax.Array) -> jax.Array:
+        """The first of the 128 rows of a tile that the block of that rank has."""
+        return item.row + tile * self.tile_rows + rank * TILE_ROWS
+
+    def unmasked(self, item: Item, tile: int, first_row: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The range of an item's key blocks that a block's rows of a tile see whole."""
+        position, count = item.start + first_row, item.num_blocks[tile]
         begin, end = jnp.int32(0), item.length
         if self.causal:
             end = lax.min(end, position + 1)

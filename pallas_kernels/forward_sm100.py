@@ -13,6 +13,7 @@ what. Source: the structure of FlashAttention-4 (flash_attn/cute/flash_fwd_sm100
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -82,6 +83,7 @@ def attention(
         num_kv_heads=key.shape[2],
         head_bytes=head_dim * query.dtype.itemsize,
         tiles=config.tiles,
+        blocks=config.blocks,
         block_kv=config.block_kv,
         causal=causal,
         window=window,
@@ -107,12 +109,13 @@ def attention(
         out_type=(
             jax.ShapeDtypeStruct(query.shape, query.dtype),
             jax.ShapeDtypeStruct(
-                (batch, num_heads, schedule.num_row_blocks * config.rows), jnp.float32
+                (batch, num_heads, schedule.num_row_blocks * schedule.rows), jnp.float32
             ),
         ),
         scratch_types=call.scratch_types(),
-        grid=(min(config.programs, schedule.num_items),),
+        grid=(min(config.programs // config.blocks, schedule.num_items),),
         grid_names=("program",),
+        **({"cluster": (2,), "cluster_names": ("pair",)} if config.pair else {}),
         num_threads=config.tiles + 2,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(
@@ -205,25 +208,37 @@ class _Call:
         """From what the exponentials subtract to base 2."""
         return (1.0 if self.soft_cap else self.scale) * _LOG2_E
 
+    @property
+    def pair_axis(self) -> str | None:
+        """The axis of the blocks that multiply together."""
+        return "pair" if self.config.pair else None
+
     # ------------------------------------------------------------------ memory
 
     def scratch_types(self) -> dict[str, Any]:
         """The buffers and barriers, in the order of `_Buffers`."""
         config, tiles, stages = self.config, self.config.tiles, self.config.kv_stages
         tensor = {"orders_tensor_core": True}
-        scores = plgpu.TMEM((TILE_ROWS, config.block_kv), jnp.float32)
-        weights = plgpu.TMEM((TILE_ROWS, config.block_kv), self.dtype, packed=True)
+        tmem = functools.partial(plgpu.TMEM, collective=config.pair)
+        scores = tmem((TILE_ROWS, config.block_kv), jnp.float32)
+        weights = tmem((TILE_ROWS, config.block_kv), self.dtype, packed=True)
         if config.overlay != "none":
             overlaid = {f"overlaid_{t}": plgpu.RefUnion(scores, weights) for t in range(tiles)}
         else:
             overlaid = {f"scores_{t}": scores for t in range(tiles)}
             overlaid |= {f"weights_{t}": weights for t in range(tiles)}
-        accumulator = plgpu.TMEM((TILE_ROWS, self.head_dim), jnp.float32)
+        accumulator = tmem((TILE_ROWS, self.head_dim), jnp.float32)
+        to_multiply = plgpu.Barrier(num_barriers=tiles, **tensor)
+        if config.pair:  # both blocks tell the first one, which multiplies for both
+            to_multiply = plgpu.ClusterBarrier(
+                collective_axes=("pair",), num_barriers=tiles, leader_tracked=True, **tensor
+            )
+        keys, columns = config.block_kv // config.blocks, self.head_dim // config.blocks
         waits = {"weights_used": plgpu.Barrier(num_barriers=tiles, **tensor)}
         return {
             "query": tiled_smem((tiles, TILE_ROWS, self.head_dim), self.dtype),
-            "keys": tiled_smem((stages, config.block_kv, self.head_dim), self.dtype),
-            "values": tiled_smem((stages, config.block_kv, self.head_dim), self.dtype),
+            "keys": tiled_smem((stages, keys, self.head_dim), self.dtype),
+            "values": tiled_smem((stages, config.block_kv, columns), self.dtype),
             "factors": plgpu.SMEM((tiles, 3, TILE_ROWS), jnp.float32),
             "staging": tiled_smem((config.out_stages, TILE_ROWS, OUT_COLUMNS), self.dtype),
             **overlaid,
@@ -235,9 +250,9 @@ class _Call:
             "values_loaded": plgpu.Barrier(num_barriers=stages),
             "values_used": plgpu.Barrier(num_barriers=stages, **tensor),
             "scores_ready": plgpu.Barrier(num_barriers=tiles, **tensor),
-            "weights_ready": plgpu.Barrier(num_barriers=tiles, **tensor),
+            "weights_ready": to_multiply,
             "growth_ready": plgpu.Barrier(num_barriers=tiles, **tensor),
-            "accumulator_ready": plgpu.Barrier(num_barriers=tiles, **tensor),
+            "accumulator_ready": to_multiply,
             "normalisation_ready": plgpu.Barrier(num_barriers=(tiles, 2)),
             "product_done": plgpu.Barrier(num_barriers=tiles, **tensor),
             **(waits if config.overlay == "wait" else {}),
@@ -264,6 +279,7 @@ class _Call:
         query, key, value, *told, out, lse = arrays
         bounds = told[0] if told else None
         warpgroup = lax.axis_index("warpgroup")
+        rank = lax.axis_index("pair") if self.config.pair else jnp.int32(0)
         softmax, correction, other = self.config.registers
 
         for tile in tiles:
@@ -271,12 +287,12 @@ class _Call:
             @pl.when(warpgroup == tile)
             def _softmax(tile: int = tile) -> None:
                 plgpu.set_max_registers(softmax, action="increase")
-                self._softmax(buffers, bounds, lse, tile)
+                self._softmax(buffers, bounds, lse, tile, rank)
 
         @pl.when(warpgroup == len(tiles))
         def _correct() -> None:
             plgpu.set_max_registers(correction, action="decrease")
-            self._correct(buffers, bounds, out)
+            self._correct(buffers, bounds, out, rank)
 
         @pl.when(warpgroup == len(tiles) + 1)
         def _tensor() -> None:
@@ -288,7 +304,7 @@ class _Call:
                 def _load() -> None:
                     self._load(buffers, bounds, query, key, value)
 
-                @pl.when(warp == _MULTIPLY_WARP)
+                @pl.when((warp == _MULTIPLY_WARP) & (rank == 0))
                 def _multiply() -> None:
                     self._multiply(buffers, bounds)
 
@@ -310,14 +326,16 @@ class _Call:
     ) -> None:
         config, stages = self.config, self.config.kv_stages
 
-        def fill(ring: Ref, loaded: Ref, used: Ref, source: Ref, count: jax.Array) -> None:
+        def fill(
+            ring: Ref, loaded: Ref, used: Ref, source: Ref, count: jax.Array, axis: int
+        ) -> None:
             slot = lax.rem(count, stages)
 
             @pl.when(count >= stages)
             def _() -> None:
                 plgpu.barrier_wait(used.at[slot])
 
-            plgpu.copy_gmem_to_smem(source, ring.at[slot], loaded.at[slot])
+            self._copy(source, ring.at[slot], loaded.at[slot], axis=axis)
 
         def body(item: Item, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
             blocks, items = carry
@@ -330,18 +348,21 @@ class _Call:
             @pl.when(works)
             def _() -> None:
                 for tile in range(config.tiles):
-                    rows = pl.ds(item.row + tile * TILE_ROWS, TILE_ROWS)
-                    source = query.at[item.batch, rows, item.head]
+                    tile_rows = self.schedule.tile_rows
+                    source = query.at[
+                        item.batch, pl.ds(item.row + tile * tile_rows, tile_rows), item.head
+                    ]
                     loaded = buffers.query_loaded.at[tile]
-                    plgpu.copy_gmem_to_smem(source, buffers.query.at[tile], loaded)
+                    self._copy(source, buffers.query.at[tile], loaded, axis=0)
 
             @pl.loop(0, item.most_blocks)
             def _(i: jax.Array) -> None:
                 slots = pl.ds((item.first_block + i) * config.block_kv, config.block_kv)
                 source = (item.batch, slots, item.kv_head)
                 keys, values = key.at[source], value.at[source]
-                fill(buffers.keys, buffers.keys_loaded, buffers.keys_used, keys, blocks + i)
-                fill(buffers.values, buffers.values_loaded, buffers.values_used, values, blocks + i)
+                count = blocks + i
+                fill(buffers.keys, buffers.keys_loaded, buffers.keys_used, keys, count, 0)
+                fill(buffers.values, buffers.values_loaded, buffers.values_used, values, count, 1)
 
             return blocks + item.most_blocks, items + works.astype(jnp.int32)
 
@@ -357,6 +378,20 @@ class _Call:
             plgpu.barrier_wait(buffers.keys_used.at[lax.rem(count, stages)])
             plgpu.barrier_wait(buffers.values_used.at[lax.rem(count, stages)])
 
+    def _copy(self, source: Ref, target: Ref, loaded: Ref, *, axis: int) -> None:
+        """Load; each block of a pair takes its part along `axis`, and the first is told of both."""
+        if self.config.pair:
+            part = plgpu.CopyPartition.PARTITIONED(axis)
+            plgpu.copy_gmem_to_smem(
+                source, target, loaded, collective_axes=self.pair_axis, leader_tracked=part
+            )
+        else:
+            plgpu.copy_gmem_to_smem(source, target, loaded)
+
+    def _commit(self, barrier: Ref) -> None:
+        """Tell a barrier, in both blocks of a pair, when all products so far are complete."""
+        plgpu.tcgen05_commit_arrive(barrier, self.pair_axis)
+
     def _multiply(self, buffers: _Buffers, bounds: Ref | None) -> None:
         config, stages = self.config, self.config.kv_stages
         tiles = range(config.tiles)
@@ -364,17 +399,25 @@ class _Call:
         def multiply_keys(tile: int, slot: jax.Array) -> None:
             keys = buffers.keys.at[slot].T
             query = buffers.query.at[tile]
-            plgpu.tcgen05_mma(buffers.scores[tile], query, keys, accumulate=False)
-            plgpu.tcgen05_commit_arrive(buffers.scores_ready.at[tile])
+            plgpu.tcgen05_mma(
+                buffers.scores[tile], query, keys, accumulate=False, collective_axis=self.pair_axis
+            )
+            self._commit(buffers.scores_ready.at[tile])
 
         def multiply_values(tile: int, slot: jax.Array, accumulate: jax.Array) -> None:
             plgpu.barrier_wait(buffers.accumulator_ready.at[tile])
             plgpu.barrier_wait(buffers.weights_ready.at[tile])
             accumulator, weights = buffers.accumulators[tile], buffers.weights[tile]
             values = buffers.values.at[slot]
-            plgpu.tcgen05_mma(accumulator, weights, values, accumulate=accumulate)
+            plgpu.tcgen05_mma(
+                accumulator,
+                weights,
+                values,
+                accumulate=accumulate,
+                collective_axis=self.pair_axis,
+            )
             if config.overlay == "wait":
-                plgpu.tcgen05_commit_arrive(buffers.weights_used.at[tile])
+                self._commit(buffers.weights_used.at[tile])
                 plgpu.barrier_wait(buffers.weights_used.at[tile])
 
         def body(item: Item, blocks: jax.Array) -> jax.Array:
@@ -392,11 +435,11 @@ class _Call:
                     def _(tile: int = tile) -> None:
                         multiply_keys(tile, slot)
 
-                plgpu.tcgen05_commit_arrive(buffers.keys_used.at[slot])
+                self._commit(buffers.keys_used.at[slot])
 
                 @pl.when(most == 1)
                 def _() -> None:
-                    plgpu.tcgen05_commit_arrive(buffers.query_used)
+                    self._commit(buffers.query_used)
 
             @pl.loop(0, most)
             def _(i: jax.Array) -> None:
@@ -420,17 +463,17 @@ class _Call:
 
                     @pl.when(i + 1 == count)
                     def _(tile: int = tile) -> None:
-                        plgpu.tcgen05_commit_arrive(buffers.product_done.at[tile])
+                        self._commit(buffers.product_done.at[tile])
 
-                plgpu.tcgen05_commit_arrive(buffers.values_used.at[slot])
+                self._commit(buffers.values_used.at[slot])
 
                 @pl.when(i + 1 < most)
                 def _() -> None:
-                    plgpu.tcgen05_commit_arrive(buffers.keys_used.at[next_slot])
+                    self._commit(buffers.keys_used.at[next_slot])
 
                 @pl.when(i + 2 == most)
                 def _() -> None:
-                    plgpu.tcgen05_commit_arrive(buffers.query_used)
+                    self._commit(buffers.query_used)
 
             return blocks + most
 
@@ -440,20 +483,22 @@ class _Call:
 
     # ------------------------------------------------------------------ softmax
 
-    def _softmax(self, buffers: _Buffers, bounds: Ref | None, lse: Ref, tile: int) -> None:
+    def _softmax(
+        self, buffers: _Buffers, bounds: Ref | None, lse: Ref, tile: int, rank: jax.Array
+    ) -> None:
         def body(item: Item, items: jax.Array) -> jax.Array:
             count = item.num_blocks[tile]
-            first_row = item.row + tile * TILE_ROWS
+            first_row = self.schedule.first_row(item, tile, rank)
             top = plgpu.layout_cast(jnp.full((TILE_ROWS,), -jnp.inf, jnp.float32), TMEM_ROW_LAYOUT)
             total = plgpu.layout_cast(jnp.zeros((TILE_ROWS,), jnp.float32), TMEM_ROW_LAYOUT)
             carry = (top, total)
             if not self.schedule.is_masked:
-                step = self._step(buffers, item, tile, masked=False)
+                step = self._step(buffers, item, tile, first_row, masked=False)
                 carry = lax.fori_loop(0, count, step, carry)
             else:
-                masked_step = self._step(buffers, item, tile, masked=True)
-                step = self._step(buffers, item, tile, masked=False)
-                begin, end = self.schedule.unmasked(item, tile)
+                masked_step = self._step(buffers, item, tile, first_row, masked=True)
+                step = self._step(buffers, item, tile, first_row, masked=False)
+                begin, end = self.schedule.unmasked(item, tile, first_row)
                 if self.schedule.window is not None:
                     carry = lax.fori_loop(0, begin, masked_step, carry)
                 carry = lax.fori_loop(begin, end, step, carry)
@@ -476,7 +521,7 @@ class _Call:
         self._for_each_item(bounds, body, jnp.int32(0))
 
     def _step(
-        self, buffers: _Buffers, item: Item, tile: int, *, masked: bool
+        self, buffers: _Buffers, item: Item, tile: int, first_row: jax.Array, *, masked: bool
     ) -> Callable[..., tuple[jax.Array, jax.Array]]:
         """What one block of keys does to a tile: (i, (maximum, sum)) -> (maximum, sum)."""
         config = self.config
@@ -492,8 +537,7 @@ class _Call:
                     chunk = jnp.tanh(chunk * (self.scale / self.soft_cap)) * self.soft_cap
                 if masked:
                     slot = (item.first_block + i) * config.block_kv + index * config.chunk
-                    position = item.start + item.row + tile * TILE_ROWS
-                    chunk = self._mask(chunk, slot, position, item.length)
+                    chunk = self._mask(chunk, slot, item.start + first_row, item.length)
                 chunks.append(chunk)
             return chunks
 
@@ -559,7 +603,7 @@ class _Call:
 
     # ------------------------------------------------------------------ correction and output
 
-    def _correct(self, buffers: _Buffers, bounds: Ref | None, out: Ref) -> None:
+    def _correct(self, buffers: _Buffers, bounds: Ref | None, out: Ref, rank: jax.Array) -> None:
         tiles = range(self.config.tiles)
         for tile in tiles:
             plgpu.barrier_arrive(buffers.accumulator_ready.at[tile])
@@ -574,7 +618,7 @@ class _Call:
                         self._rescale(buffers, tile)
 
             for tile in tiles:
-                rows = pl.ds(item.row + tile * TILE_ROWS, TILE_ROWS)
+                rows = pl.ds(self.schedule.first_row(item, tile, rank), TILE_ROWS)
                 target = out.at[item.batch, rows, item.head]
                 self._finish(buffers, tile, item.num_blocks[tile], lax.rem(items[tile], 2), target)
             return tuple(

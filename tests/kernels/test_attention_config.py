@@ -11,6 +11,7 @@ from pallas_kernels.attention_config import (
     TMEM_COLUMNS,
     ForwardConfig,
     forward_config,
+    paired,
 )
 from pallas_kernels.forward_schedule import Schedule
 
@@ -42,6 +43,14 @@ def test_forward_config_refuses_what_cannot_be_built_and_names_it(field, value):
         ForwardConfig(**{field: value})
 
 
+def test_a_pair_needs_the_memory_of_one_block_for_twice_the_stages():
+    config = forward_config(128)
+    assert paired(config).smem_bytes(128) == config.smem_bytes(128)
+    assert paired(config).kv_stages == 2 * config.kv_stages
+    with pytest.raises(ValueError, match="wait"):
+        paired(ForwardConfig(overlay="wait"))
+
+
 def test_forward_config_says_why_it_does_not_fit():
     assert "tensor memory" in (ForwardConfig(overlay="none").does_not_fit(128) or "")
     assert "shared memory" in (ForwardConfig(kv_stages=3).does_not_fit(128) or "")
@@ -67,6 +76,7 @@ def test_budgets_are_those_of_the_buffers_that_the_kernel_allocates(head_dim, ov
         num_kv_heads=1,
         head_bytes=2 * head_dim,
         tiles=config.tiles,
+        blocks=config.blocks,
         block_kv=config.block_kv,
         causal=False,
         window=None,

@@ -21,6 +21,7 @@ def schedules(draw):
         num_kv_heads=kv_heads,
         head_bytes=draw(st.sampled_from([256, 20_000])),
         tiles=draw(st.sampled_from([1, 2])),
+        blocks=draw(st.sampled_from([1, 2])),
         block_kv=draw(st.sampled_from([64, 128])),
         causal=draw(st.booleans()),
         window=draw(st.none() | st.integers(1, 400)),
@@ -33,8 +34,13 @@ def items(schedule, start, length):
 
     def numbers(index):
         item = schedule.item(index, bounds)
-        ranges = [schedule.unmasked(item, tile) for tile in range(schedule.tiles)]
-        return {**dataclasses.asdict(item), "ranges": ranges}
+        parts = [
+            (item.num_blocks[tile], first_row, *schedule.unmasked(item, tile, first_row))
+            for tile in range(schedule.tiles)
+            for rank in range(schedule.blocks)
+            for first_row in [schedule.first_row(item, tile, jnp.int32(rank))]
+        ]
+        return {**dataclasses.asdict(item), "parts": parts}
 
     indices = jnp.arange(schedule.num_items, dtype=jnp.int32)
     return jax.tree.map(np.asarray, jax.vmap(numbers)(indices))
@@ -52,11 +58,13 @@ def test_items_cover_every_row_once_and_exactly_the_blocks_it_sees(schedule, dat
     assert set(all_items["head"]) == set(range(schedule.num_heads))
     assert (all_items["kv_head"] == all_items["head"] * schedule.num_kv_heads
             // schedule.num_heads).all()  # fmt: skip
-    slots = np.arange(schedule.num_slots)
+    slots, rows_seen = np.arange(schedule.num_slots), []
     for i in range(schedule.num_items):
         batch = all_items["batch"][i]
-        for tile in range(schedule.tiles):
-            row = all_items["row"][i] + tile * 128 + np.arange(128)
+        for count, first_row, begin, end in all_items["parts"]:
+            count, begin, end = count[i], begin[i], end[i]
+            row = first_row[i] + np.arange(128)
+            rows_seen.append((batch, all_items["head"][i], row[0]))
             position = start[batch] + row[:, None]
             visible = np.broadcast_to(slots < length[batch], (128, schedule.num_slots)).copy()
             if schedule.causal:
@@ -64,17 +72,16 @@ def test_items_cover_every_row_once_and_exactly_the_blocks_it_sees(schedule, dat
             if schedule.window is not None:
                 visible &= slots > position - schedule.window
             first = all_items["first_block"][i]
-            count = all_items["num_blocks"][tile][i]
             if row[0] >= schedule.num_tokens:
-                assert count == 0
                 continue
-            begin, end = (bound[i] for bound in all_items["ranges"][tile])
             assert 0 <= begin <= end <= count
             worked = slice(first * schedule.block_kv, (first + count) * schedule.block_kv)
             assert not np.delete(visible, np.arange(schedule.num_slots)[worked], axis=1).any()
             whole = slice((first + begin) * schedule.block_kv, (first + end) * schedule.block_kv)
             assert visible[:, whole].all()
             assert whole.start == whole.stop or whole.stop <= schedule.num_slots
+    wanted = schedule.batch * schedule.num_heads * schedule.num_row_blocks * schedule.rows // 128
+    assert len(set(rows_seen)) == len(rows_seen) == wanted
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -87,6 +94,7 @@ def test_the_heaviest_items_of_heads_that_share_l2_come_first(causal):
         num_kv_heads=4,
         head_bytes=256,
         tiles=2,
+        blocks=1,
         block_kv=128,
         causal=causal,
         window=None,

@@ -89,7 +89,6 @@ SLOW_FAULTS = {
     "barrier scores_ready": {},
     "barrier values_used": {},
     "barrier weights_used": {"head_dim": 128, "overlay": "wait"},
-    "commit keys_used": {},
     "commit product_done": {},
     "commit values_used": {},
     "commit_smem": {},
@@ -128,11 +127,11 @@ def test_a_missing_synchronisation_is_detected(fault):
     case = FAULTY | (FAULTS | SLOW_FAULTS)[fault]
     function = "accuracy" if fault == "overlay" else "faulty"
     extra = {} if fault == "overlay" else {"fault": fault}
-    outcome = run_case(f"forward_cases:{function}", timeout=60.0, **extra, **case)
-    assert "took nothing out" not in (outcome.error or "")
+    outcome = run_case(f"forward_cases:{function}", **extra, **case)
+    error = outcome.error or ""
+    assert "took nothing out" not in error
+    assert "no result after" not in error, outcome.log
     assert outcome.detected
-    if not fault.startswith("wait "):
-        assert outcome.races, outcome.log
 
 
 def shapes(**changes):
