@@ -148,6 +148,7 @@ _DECODE = (
     Implementation(
         name="mosaic_sm100", module="pallas_kernels.decode_sm100", capabilities=((10, 0),)
     ),
+    Implementation(name="mosaic_sm90", module="pallas_kernels.decode_sm90", capabilities=((9, 0),)),
     Implementation(
         name="triton",
         module="pallas_kernels.decode_triton",

@@ -4,8 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import decode_sm100
+from pallas_kernels import decode_sm90, decode_sm100
+from pallas_kernels.decode_splits import DecodeConfig
 from pallas_kernels.proof.interpret import params
+
+MODULES = {"sm_90": decode_sm90, "sm_100": decode_sm100}
 
 
 def naive(rows, keys, values, visible, scale):
@@ -37,7 +40,7 @@ def rows_and_limits(
     page_slots=0,
     poison=0.0,
     seed=0,
-    detect_races=True,
+    kernel="sm_100",
 ):
     """Errors of the combined splits, and of the LSE, against float64 on the same inputs."""
     rng = np.random.default_rng(seed)
@@ -72,15 +75,15 @@ def rows_and_limits(
     table = None
     if page_slots:
         keys, values, table = paged(rng, keys, values, page_slots)
-    config = decode_sm100.DecodeConfig(tiles=tiles, split_blocks=split_blocks, kv_stages=kv_stages)
-    out, lse = decode_sm100.attend(
+    config = DecodeConfig(tiles=tiles, split_blocks=split_blocks, kv_stages=kv_stages)
+    out, lse = MODULES[kernel].attend(
         *(jnp.asarray(x) for x in (rows, keys, values, limits)),
         None if bits is None else jnp.asarray(bits),
         jnp.asarray(lengths),
         None if table is None else jnp.asarray(table),
         scale=scale,
         config=config,
-        interpret=params(detect_races=detect_races),
+        interpret=params(),
     )
     out, lse = np.asarray(out), np.asarray(lse)
     blind = np.isneginf(expected_lse)
@@ -92,11 +95,13 @@ def rows_and_limits(
     }
 
 
-def program(*, op="decode_attention", batch=1, tokens=1, head_dim=128, num_slots=8192):
+def program(
+    *, kernel="sm_100", op="decode_attention", batch=1, tokens=1, head_dim=128, num_slots=8192
+):
     """The kernel inside an op on a cache of 8 kv heads with 4 query heads each, to be compiled."""
 
     def run(*arrays):
-        return decode_sm100.KERNELS[op].run(*arrays, scale=head_dim**-0.5)
+        return MODULES[kernel].KERNELS[op].run(*arrays, scale=head_dim**-0.5)
 
     def array(*shape, dtype=jnp.bfloat16):
         return jax.ShapeDtypeStruct(shape, dtype)
@@ -126,25 +131,26 @@ def paged(rng, keys, values, page_slots):
     return pool(keys), pool(values), order.reshape(batch, per_row).astype(np.int32)
 
 
-def without(*, fault, **arguments):
+def without(*, fault, kernel, **arguments):
     """`rows_and_limits` with one kind of synchronisation left out of the kernel.
 
     `fault` names a barrier nobody waits for any more, or a function of plgpu that does nothing.
     """
-    plgpu, block, wait = decode_sm100.plgpu, decode_sm100._block, decode_sm100.plgpu.barrier_wait
+    module = MODULES[kernel]
+    plgpu, block, wait = module.plgpu, module._block, module.plgpu.barrier_wait
     if hasattr(plgpu, fault):
         setattr(plgpu, fault, lambda: None)
-        return rows_and_limits(**arguments)
+        return rows_and_limits(kernel=kernel, **arguments)
     unawaited = []
 
-    def block_without(shape, interpreted, refs, scratch):
-        unawaited.append(scratch[fault])
-        block(shape, interpreted, refs, scratch)
+    def block_without(*arguments):
+        unawaited.append(arguments[-1][fault])
+        block(*arguments)
 
     def wait_unless(barrier):
         if not any(barrier.ref is one for one in unawaited):
             wait(barrier)
 
-    decode_sm100._block = block_without
+    module._block = block_without
     setattr(plgpu, wait.__name__, wait_unless)
-    return rows_and_limits(**arguments)
+    return rows_and_limits(kernel=kernel, **arguments)

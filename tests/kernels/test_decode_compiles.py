@@ -1,6 +1,7 @@
-"""The Blackwell decode kernel compiled for a B200: resources and instructions, without a GPU."""
+"""The decode kernels compiled for a B200 and an H200: resources and instructions, no GPU needed."""
 
 import pytest
+
 from pallas_kernels.proof.ahead_of_time import compile_case, missing
 from pallas_kernels.proof.targets import TARGETS
 
@@ -37,3 +38,28 @@ def test_compiles_for_b200(case):
     buffers = 2 if tiles == 1 else 1
     scores, sums = head_dim // 16, 128 // 16
     assert counts["UTCHMMA"] == tiles * (scores + buffers * (scores + sums))
+
+
+HOPPER_CASES = {
+    "decode": {"op": "decode_attention"},
+    "verify, head dim 64": {"op": "verify_attention", "tokens": 5, "head_dim": 64},
+    "tree of 20, two tiles": {"op": "ancestor_attention", "tokens": 20},
+}
+
+
+@pytest.mark.parametrize("case", HOPPER_CASES)
+def test_compiles_for_h200(case):
+    options = HOPPER_CASES[case]
+    (kernel,) = compile_case("decode_cases:program", TARGETS["h200"], kernel="sm_90", **options)
+    assert not kernel.register_budgets_ignored
+    assert not kernel.products_serialized
+    assert kernel.spill_store_bytes + kernel.spill_load_bytes <= 16
+    assert kernel.shared_bytes <= 227 * 1024
+    head_dim = options.get("head_dim", 128)
+    tiles = 2 if options.get("tokens", 1) * 4 > 64 else 1
+    # Both loops hold the scores' product and the sums'; a product takes 16 of what is summed over.
+    counts = kernel.counts.by_opcode
+    products = sum(number for name, number in counts.items() if name.startswith("HGMMA"))
+    assert products == tiles * 2 * (head_dim // 16 + 128 // 16)
+    # A warpgroup's thread has 64 weights of each block of its 64 rows, and two rows' factors.
+    assert counts["MUFU.EX2"] == tiles * 2 * (64 + 2)

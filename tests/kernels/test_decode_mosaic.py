@@ -1,4 +1,4 @@
-"""The Blackwell decode kernel in the interpreter: values, races, and that faults are caught."""
+"""The decode kernels in the interpreter: values, races, and that faults are caught."""
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,10 @@ from pallas_kernels.proof.interpret import run_case
 CASES = {
     # Splits of unequal length, a row that sees nothing, poison past every length.
     "ragged": {"num_rows": 8, "lengths": [400, 0], "split_blocks": 3, "poison": 1e4},
+    "tree": {"num_rows": 16, "lengths": [250], "num_slots": 256, "with_bits": True},
+    "pages": {"num_rows": 16, "lengths": [250], "page_slots": 64, "num_slots": 256},
+}
+SLOW_CASES = {
     "two tiles, tree": {
         "num_rows": 136,
         "lengths": [200],
@@ -18,9 +22,6 @@ CASES = {
         "tiles": 2,
         "with_bits": True,
     },
-    "pages": {"num_rows": 16, "lengths": [250], "page_slots": 64, "num_slots": 256},
-}
-SLOW_CASES = {
     "float16": {"num_rows": 20, "dtype": "float16", "lengths": [260], "num_slots": 384},
     "large pages": {"num_rows": 8, "page_slots": 256, "lengths": [400], "poison": 1e4},
     "several groups of rows": {"num_rows": 300, "tiles": 2, "lengths": [130], "num_slots": 256},
@@ -55,22 +56,34 @@ def some_slow(names, quick):
     return [pytest.param(n, marks=() if n in quick else pytest.mark.slow) for n in names]
 
 
-@pytest.mark.parametrize("case", some_slow(CASES | SLOW_CASES, CASES))
-def test_values_and_races(case):
-    outcome = run_case("decode_cases:rows_and_limits", **(CASES | SLOW_CASES)[case])
+QUICK = [("sm_100", "ragged"), ("sm_100", "tree"), ("sm_90", "pages")]
+
+
+@pytest.mark.parametrize(
+    ("kernel", "case"),
+    [
+        pytest.param(kernel, case, marks=() if (kernel, case) in QUICK else pytest.mark.slow)
+        for kernel in ("sm_100", "sm_90")
+        for case in CASES | SLOW_CASES
+    ],
+)
+def test_values_and_races(kernel, case):
+    options = (CASES | SLOW_CASES)[case]
+    outcome = run_case("decode_cases:rows_and_limits", chip=kernel, kernel=kernel, **options)
     assert outcome.error is None, outcome.log
     assert not outcome.races
     figures = outcome.figures
     assert figures["relative_rms"] < 3e-3
     assert figures["lse"] < 2e-4
     assert figures["blind_right"]
-    assert (figures["blind"] > 0) == (0 in (CASES | SLOW_CASES)[case]["lengths"])
+    assert (figures["blind"] > 0) == (0 in options.get("lengths", []))
 
 
 @pytest.mark.parametrize("fault", some_slow(FAULTS, QUICK_FAULTS))
 def test_a_missing_wait_is_detected(fault):
     """Four blocks through two buffers, so that every buffer is used twice."""
-    outcome = run_case("decode_cases:without", fault=fault, num_rows=8, split_blocks=4)
+    arguments = {"fault": fault, "kernel": "sm_100", "num_rows": 8, "split_blocks": 4}
+    outcome = run_case("decode_cases:without", **arguments)
     assert outcome.detected, outcome.figures
 
 
