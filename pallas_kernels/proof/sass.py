@@ -1,0 +1,200 @@
+"""What a GPU program does, read from its disassembly (SASS): instruction counts, whole and by loop.
+
+Loops are natural loops of the control flow graph: a static count over the program mixes prologues,
+tails and both halves of a causal loop, a count over a loop's body is what one step costs.
+"""
+
+import collections
+import dataclasses
+import re
+from collections.abc import Iterator
+
+_LABEL = re.compile(r"^\s*(\.L_x_\d+):\s*$")
+_INSTRUCTION = re.compile(
+    r"/\*[0-9a-f]{4,}\*/\s+(?P<guard>@!?U?P[T\d]+\s+)?(?P<opcode>[A-Z][A-Z0-9_]*[.\w]*)(?P<rest>[^/]*)"
+)
+_TARGET = re.compile(r"\.L_x_\d+")
+_ENDS = ("EXIT", "RET", "KILL", "RPCMOV")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Instruction:
+    """One instruction: opcode with its modifiers, whether it is predicated, where it may jump."""
+
+    opcode: str
+    guarded: bool
+    operands: str
+    target: str | None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Counts:
+    """How often each opcode (with modifiers) occurs."""
+
+    by_opcode: dict[str, int]
+
+    def __getitem__(self, name: str) -> int:
+        """The occurrences of an opcode: `name` itself or `name` with further modifiers."""
+        return sum(
+            count
+            for opcode, count in self.by_opcode.items()
+            if opcode == name or opcode.startswith(name + ".")
+        )
+
+    @property
+    def total(self) -> int:
+        """All instructions, which is also the issue slots of one pass by one warp."""
+        return sum(self.by_opcode.values())
+
+    @property
+    def matrix_products(self) -> int:
+        """Tensor core instructions: tcgen05.mma of Blackwell or wgmma of Hopper."""
+        return self["UTCHMMA"] + self["HGMMA"]
+
+
+def count(instructions: list[Instruction]) -> Counts:
+    """The counts of some instructions."""
+    return Counts(dict(collections.Counter(instruction.opcode for instruction in instructions)))
+
+
+def parse(text: str) -> tuple[list[Instruction], dict[str, int]]:
+    """The instructions of a disassembly in order, and for each label the index it stands before.
+
+    Padding after the last jump (NOP) is left out.
+    """
+    instructions: list[Instruction] = []
+    labels: dict[str, int] = {}
+    for line in text.splitlines():
+        if label := _LABEL.match(line):
+            labels[label[1]] = len(instructions)
+        elif found := _INSTRUCTION.search(line):
+            opcode, rest = found["opcode"], found["rest"]
+            jump = _TARGET.search(rest) if opcode.startswith(("BRA", "BRX", "CALL")) else None
+            guard = (found["guard"] or "").strip()
+            instructions.append(
+                Instruction(
+                    opcode=opcode,
+                    guarded=guard not in ("", "@PT", "@UPT") or opcode.startswith("BRA.U"),
+                    operands=rest.strip(),
+                    target=jump[0] if jump else None,
+                )
+            )
+    while instructions and instructions[-1].opcode == "NOP":
+        instructions.pop()
+    return instructions, labels
+
+
+def hot_loops(text: str, opcodes: tuple[str, ...]) -> list[Counts]:
+    """Counts of the innermost loops that hold one of the opcodes, in program order."""
+    instructions, labels = parse(text)
+    blocks = _blocks(instructions, labels)
+    counted = [
+        (
+            body,
+            count([instructions[i] for block in sorted(body) for i in range(*blocks[block])]),
+        )
+        for body in _natural_loops(blocks, instructions, labels)
+    ]
+    hot = [(body, found) for body, found in counted if any(found[opcode] for opcode in opcodes)]
+    return [found for body, found in hot if not any(other < body for other, _ in hot)]
+
+
+def _blocks(instructions: list[Instruction], labels: dict[str, int]) -> list[tuple[int, int]]:
+    """Basic blocks as half-open ranges of instruction indices."""
+    starts = {0, *labels.values()}
+    for index, instruction in enumerate(instructions):
+        if instruction.target is not None or instruction.opcode.startswith(_ENDS):
+            starts.add(index + 1)
+    ordered = sorted(start for start in starts if start < len(instructions))
+    return list(zip(ordered, [*ordered[1:], len(instructions)], strict=True))
+
+
+def _natural_loops(
+    blocks: list[tuple[int, int]], instructions: list[Instruction], labels: dict[str, int]
+) -> list[frozenset[int]]:
+    """The loops as sets of blocks, one for each loop head, ordered by head."""
+    block_of = {start: number for number, (start, _) in enumerate(blocks)}
+    successors = [
+        list(_successors(number, blocks, instructions, labels, block_of))
+        for number in range(len(blocks))
+    ]
+    dominators = _dominators(successors)
+    predecessors: list[list[int]] = [[] for _ in blocks]
+    for block, nexts in enumerate(successors):
+        for following in nexts:
+            predecessors[following].append(block)
+    bodies: dict[int, set[int]] = {}
+    for block, nexts in enumerate(successors):
+        for head in nexts:
+            if block in dominators and head in dominators[block]:
+                bodies.setdefault(head, {head}).update(_reaching(block, head, predecessors))
+    return [frozenset(bodies[head]) for head in sorted(bodies)]
+
+
+def _successors(
+    number: int,
+    blocks: list[tuple[int, int]],
+    instructions: list[Instruction],
+    labels: dict[str, int],
+    block_of: dict[int, int],
+) -> Iterator[int]:
+    last = instructions[blocks[number][1] - 1]
+    if last.target is not None and last.target in labels:
+        destination = block_of.get(labels[last.target])
+        if destination is not None:
+            yield destination
+        if not last.guarded and not _conditional(last):
+            return
+    elif last.opcode.startswith(_ENDS) and not last.guarded:
+        return
+    if number + 1 < len(blocks):
+        yield number + 1
+
+
+def _conditional(jump: Instruction) -> bool:
+    """Whether a jump may fall through: a predicate or a divergence test among its operands."""
+    return bool(re.match(r"!?U?P\d", jump.operands)) or jump.opcode.startswith(("BRA.DIV", "CALL"))
+
+
+def _dominators(successors: list[list[int]]) -> dict[int, set[int]]:
+    """For every block reachable from block 0 the blocks on every path to it, itself included."""
+    order: list[int] = []
+    seen = {0}
+    stack: list[tuple[int, Iterator[int]]] = [(0, iter(successors[0]))]
+    while stack:
+        block, rest = stack[-1]
+        following = next((n for n in rest if n not in seen), None)
+        if following is None:
+            order.append(block)
+            stack.pop()
+        else:
+            seen.add(following)
+            stack.append((following, iter(successors[following])))
+    order.reverse()
+    predecessors: dict[int, list[int]] = {block: [] for block in order}
+    for block in order:
+        for following in successors[block]:
+            predecessors[following].append(block)
+    dominators = {block: set(order) for block in order}
+    dominators[0] = {0}
+    changed = True
+    while changed:
+        changed = False
+        for block in order[1:]:
+            common = set.intersection(*(dominators[p] for p in predecessors[block])) | {block}
+            if common != dominators[block]:
+                dominators[block] = common
+                changed = True
+    return dominators
+
+
+def _reaching(tail: int, head: int, predecessors: list[list[int]]) -> set[int]:
+    """The blocks that reach `tail` without passing `head`."""
+    body: set[int] = set()
+    stack = [tail]
+    while stack:
+        block = stack.pop()
+        if block != head and block not in body:
+            body.add(block)
+            stack.extend(predecessors[block])
+    return body

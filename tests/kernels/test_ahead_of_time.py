@@ -1,0 +1,184 @@
+"""Kernels compiled to machine code for B200 and H200: resources and instruction counts.
+
+Every expected count follows from tile sizes. The tests of compilation skip themselves where the
+compiling environment is missing; the reason says how to build it.
+"""
+
+import functools
+
+import pytest
+
+from pallas_kernels.attention_config import forward_config
+from pallas_kernels.proof import ahead_of_time, cycles, sass
+from pallas_kernels.proof.targets import B200, H200
+
+WARPGROUP = 128
+DEPTH = 16  # of one tensor core instruction on 16-bit numbers
+SPILLED_BYTES = 16
+EXP = "MUFU.EX2"
+
+PROGRAM = """
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+.L_x_1:
+        /*0010*/                   MUFU.EX2 R2, R2 ;
+        /*0020*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P1, [R3], R4 ;
+        /*0030*/              @!P1 BRA `(.L_x_3) ;
+.L_x_2:
+        /*0040*/                   FFMA2 R2, R2, R3, R4 ;
+        /*0050*/               @P0 BRA `(.L_x_1) ;
+        /*0060*/                   FADD R2, R2, R2 ;
+        /*0070*/                   EXIT ;
+.L_x_3:
+        /*0080*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P1, [R3], R4 ;
+        /*0090*/              @!P1 BRA `(.L_x_3) ;
+        /*00a0*/                   BRA `(.L_x_2) ;
+        /*00b0*/                   NOP ;
+"""
+
+
+def test_parse_counts_instructions_without_padding():
+    counts = sass.count(sass.parse(PROGRAM)[0])
+    assert counts.total == 11
+    assert counts["MUFU"] == counts["MUFU.EX2"] == counts["FADD"] == 1
+    assert counts["FF"] == 0
+
+
+def test_hot_loops_follow_control_flow_and_not_the_order_of_the_text():
+    (loop,) = sass.hot_loops(PROGRAM, ("MUFU.EX2",))
+    # The wait out of line belongs to the loop; what stands between the two does not.
+    assert loop.total == 8
+    assert loop["FADD"] == loop["EXIT"] == loop["MOV"] == 0
+
+
+def test_a_target_describes_its_device():
+    assert 'device_description_str: "NVIDIA B200"' in B200.description()
+    assert "major: 9" in H200.description()
+
+
+def test_forward_step_is_bound_by_products_and_exponentials_alike():
+    step = cycles.forward_step(tiles=1, rows=128, keys=128, head_dim=128)
+    without_copies = step.clocks(B200)["shared"] - cycles.copy(128, 256).clocks(B200)["shared"]
+    assert step.clocks(B200)["mma"] == step.clocks(B200)["exp"] == 1024
+    assert without_copies == 768
+
+
+def test_a_second_query_tile_shares_the_copies_of_keys():
+    one, two = (cycles.forward_step(tiles=n, rows=128, keys=128, head_dim=128) for n in (1, 2))
+    assert one.bound(B200) == 1280
+    assert two.bound(B200) == 2 * 1024
+
+
+def test_backward_steps_have_seven_products():
+    keys = cycles.key_value_gradient_step(tile=128, head_dim=128).clocks(B200)
+    query = cycles.query_gradient_step(tile=128, head_dim=128).clocks(B200)
+    assert keys["mma"] + query["mma"] == 7 * 512
+    assert keys["mma"] == keys["shared"]
+
+
+@functools.cache
+def reason_to_skip():
+    return ahead_of_time.missing()
+
+
+def compiled(case, target, **options):
+    if (reason := reason_to_skip()) is not None:
+        pytest.skip(reason)
+    kernels = ahead_of_time.compile_case(case, target, **options)
+    for kernel in kernels:
+        assert not kernel.register_budgets_ignored
+        assert not kernel.products_serialized
+        assert kernel.spill_store_bytes <= SPILLED_BYTES
+        assert kernel.spill_load_bytes <= SPILLED_BYTES
+        assert kernel.tensor_columns <= target.tensor_columns
+        assert kernel.shared_bytes <= target.shared_bytes
+    return kernels
+
+
+def by_name(kernels, part):
+    (kernel,) = (one for one in kernels if part in one.name)
+    return kernel
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "dtype", "causal"),
+    [
+        (128, "bfloat16", False),
+        (64, "float16", True),
+        pytest.param(128, "float16", True, marks=pytest.mark.slow),
+        pytest.param(64, "bfloat16", False, marks=pytest.mark.slow),
+    ],
+)
+def test_backward_sm100_counts(head_dim, dtype, causal):
+    options = {"head_dim": head_dim, "dtype": dtype, "causal": causal, "kv_heads": 4}
+    kernels = compiled("backward_cases:compiled", B200, **options)
+    scores_per_thread = 128 * 128 // (2 * WARPGROUP)
+    over_head, over_tile = head_dim // DEPTH, 128 // DEPTH
+    for part, products in (
+        ("key_value", 2 * over_head + 2 * over_tile),
+        ("query", 2 * over_head + over_tile),
+    ):
+        kernel = by_name(kernels, part)
+        softmax = [loop for loop in kernel.hot_loops if loop[EXP]]
+        assert softmax
+        for loop in softmax:
+            assert loop[EXP] == loop["MUFU"] == scores_per_thread
+            for packed in ("FFMA2", "FMUL2", "FADD2"):
+                # score * scale - LSE, weight * slope, and slope - delta: two numbers each.
+                assert loop[packed] == scores_per_thread // 2
+        assert sum(loop.matrix_products for loop in kernel.hot_loops) == products
+    overlaid = head_dim == 128
+    tiles = 256 if overlaid else 256 + 128
+    assert by_name(kernels, "key_value").tensor_columns == tiles + 2 * head_dim
+    assert by_name(kernels, "query").tensor_columns == 320 + head_dim
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "dtype", "causal"),
+    [
+        (128, "bfloat16", False),
+        pytest.param(64, "float16", True, marks=pytest.mark.slow),
+        pytest.param(128, "float16", True, marks=pytest.mark.slow),
+    ],
+)
+def test_forward_sm90_counts(head_dim, dtype, causal):
+    options = {"head_dim": head_dim, "dtype": dtype, "causal": causal, "kv_heads": 4}
+    (kernel,) = compiled("hopper_cases:compiled", H200, **options)
+    scores_per_thread, rows_per_thread = 64 * 128 // WARPGROUP, 2
+    loops = [loop for loop in kernel.hot_loops if loop[EXP]]
+    assert len(loops) == 2  # without and with a mask
+    for loop in loops:
+        assert loop[EXP] == scores_per_thread + rows_per_thread
+        assert loop["HGMMA"] == head_dim // DEPTH + 128 // DEPTH
+        assert loop["STL"] == loop["LDL"] == 0
+
+
+@pytest.mark.parametrize("head_dim", [128, pytest.param(64, marks=pytest.mark.slow)])
+def test_forward_sm100_counts(head_dim):
+    config = forward_config(head_dim)
+    (kernel,) = compiled("forward_cases:compiled", B200, head_dim=head_dim)
+    by_polynomial = config.polynomial_chunks * config.chunk
+    softmax = [loop for loop in kernel.hot_loops if loop[EXP]]
+    assert len(softmax) == config.tiles
+    for loop in softmax:
+        # A thread has a row: its scores, less those by polynomial, and the factor of older sums.
+        assert loop[EXP] == config.block_kv - by_polynomial + 1
+        assert loop["FFMA2"] >= (config.block_kv + 3 * by_polynomial) // 2
+    products = config.tiles * (head_dim // DEPTH + config.block_kv // DEPTH)
+    assert sum(loop.matrix_products for loop in kernel.hot_loops) == products
+    assert kernel.tensor_columns == config.tmem_columns(head_dim)
+
+
+@pytest.mark.slow
+def test_forward_sm100_issues_within_five_percent_of_the_bound():
+    (kernel,) = compiled("forward_cases:compiled", B200)
+    step = cycles.Step(
+        name="forward",
+        work=cycles.forward_step(tiles=2, rows=128, keys=128, head_dim=128),
+        exp_warpgroups=2,
+        bodies=2,
+        other_warpgroups=1,
+    )
+    found = cycles.achieved(kernel, step, B200)
+    assert found.issue <= 1.05 * found.bound
+    assert found.clocks <= 1.05 * found.bound
+    assert found.exponentials_per_score < 1

@@ -1,0 +1,131 @@
+"""The Blackwell gradients in the interpreter: values, races, and that it notices faults."""
+
+import jax
+import pytest
+
+from pallas_kernels import backward_sm100
+from pallas_kernels.backward_tiles_sm100 import BackwardConfig
+from pallas_kernels.proof.interpret import run_case
+
+# Scores and weights pass through 16 bits before the products, out gradients came in 16 bits.
+TOLERANCE = {"bfloat16": 4e-3, "float16": 6e-4}
+
+CASES = {
+    "causal_gqa_d64": {"causal": True, "heads": 2, "head_dim": 64, "size": 3.0},
+    "ragged": {
+        "lengths": [150, 0],
+        "batch": 2,
+        "tokens": 100,
+        "head_dim": 64,
+        "lse_gradient": True,
+    },
+}
+SLOW_CASES = {
+    "full_d128": {"tokens": 384, "slots": 128},
+    "causal_three_tiles": {"causal": True, "tokens": 384, "slots": 384, "dtype": "float16"},
+    "four_heads_a_kv_head": {"heads": 4, "causal": True, "head_dim": 64, "batch": 2},
+    "beside_d128": {"alias": False, "tokens": 384},
+    "over_each_other_d64": {"alias": True, "head_dim": 64, "causal": True},
+    "large_scores": {"size": 6.0, "head_dim": 64},
+}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *(pytest.param(case, id=name) for name, case in CASES.items()),
+        *(pytest.param(case, id=name, marks=pytest.mark.slow) for name, case in SLOW_CASES.items()),
+    ],
+)
+def test_gradients_agree_with_float64_and_do_not_race(arguments):
+    outcome = run_case("backward_cases:accuracy", timeout=300.0, **arguments)
+    assert outcome.error is None, outcome.log
+    assert not outcome.races, outcome.log
+    tolerance = TOLERANCE[arguments.get("dtype", "bfloat16")]
+    assert max(outcome.figures.values()) <= tolerance
+
+
+@pytest.mark.slow
+def test_trusting_the_order_of_products_is_what_the_detector_cannot_prove():
+    outcome = run_case("backward_cases:accuracy", timeout=300.0, wait_products=False)
+    assert outcome.races
+
+
+# "barrier" takes out a whole handshake: only a race can give that away. Bulk copies arrive by
+# themselves, so of their barriers the waits are taken out, which may also misuse the barrier.
+FAULTS = [
+    "barrier gradients_free",
+    "barrier queries_free",
+    "barrier scores_full",
+    "barrier slopes_full",
+    "barrier weights_ready",
+    "barrier slopes_ready",
+    "barrier product_done",
+    "barrier all_done",
+    "wait queries_full",
+    "wait gradients_full",
+    "wait rows_full",
+    "wait keys_full",
+    "commit_tmem",
+    "wait_load_tmem",
+    "commit_smem",
+]
+QUERY_FAULTS = [
+    "barrier keys_free",
+    "barrier values_free",
+    "barrier scores_full",
+    "barrier scores_free",
+    "barrier slopes_full",
+    "barrier slopes_free",
+    "barrier slopes_ready",
+    "barrier product_done",
+    "wait keys_full",
+    "wait values_full",
+    "wait queries_full",
+    "wait rows_full",
+    "commit_tmem",
+    "wait_load_tmem",
+    "commit_smem",
+]
+
+
+@pytest.mark.parametrize(
+    ("kernel", "fault"),
+    [
+        ("key_value", "barrier both_loaded"),
+        *(pytest.param("key_value", fault, marks=pytest.mark.slow) for fault in FAULTS),
+        *(pytest.param("query", fault, marks=pytest.mark.slow) for fault in QUERY_FAULTS),
+    ],
+)
+def test_missing_synchronisation_is_detected(kernel, fault):
+    outcome = run_case("backward_cases:faulty", timeout=90.0, kernel=kernel, fault=fault)
+    assert outcome.detected
+    assert "took nothing out" not in (outcome.error or "")
+
+
+def shapes(*, tokens=256, slots=256, head_dim=128, dtype="bfloat16"):
+    query = jax.ShapeDtypeStruct((1, tokens, 2, head_dim), dtype)
+    key = jax.ShapeDtypeStruct((1, slots, 1, head_dim), dtype)
+    lse = jax.ShapeDtypeStruct((1, 2, tokens), "float32")
+    return (query, key, key, None, None, query, lse, query, None)
+
+
+OPTIONS = {"causal": False, "scale": 1.0, "soft_cap": None, "window": None}
+
+
+def test_unsupported_names_the_reason():
+    unsupported = backward_sm100.unsupported
+    assert unsupported(*shapes(), **OPTIONS) is None
+    assert "head dim 64 or 128" in unsupported(*shapes(head_dim=96), **OPTIONS)
+    assert "float32" in unsupported(*shapes(dtype="float32"), **OPTIONS)
+    assert "T = S" in unsupported(*shapes(tokens=128), **OPTIONS | {"causal": True})
+    assert "window" in unsupported(*shapes(), **OPTIONS | {"window": 5})
+    query, key, value, lengths, _, *rest = shapes()
+    assert "start" in unsupported(query, key, value, lengths, query, *rest, **OPTIONS)
+
+
+def test_tiles_lie_over_each_other_only_where_tensor_memory_is_short():
+    assert BackwardConfig().aliases(128)
+    assert not BackwardConfig().aliases(64)
+    with pytest.raises(ValueError, match="at least 2"):
+        BackwardConfig(query_stages=1)
