@@ -185,7 +185,7 @@ def _figure(width: float, height: float) -> "Figure":
     check_drawable()
     from matplotlib.figure import Figure
 
-    return Figure(figsize=(width, height), dpi=110, layout="constrained")
+    return Figure(figsize=(width, height), dpi=90, layout="constrained")
 
 
 def _save(figure: "Figure", path: Path) -> None:

@@ -27,9 +27,9 @@ from ssd_jax.fan_out import FanOut, measured_fan_out
 DRAFT_LENS = range(1, 11)
 GUESSES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)  # for each accepted length, on average
 NGRAM_ACCEPTANCE = 0.25
-_RUNS = 64  # of one row; fewer of larger batches
+_RUNS = 16  # of one row; fewer of larger batches
 _TOKENS = 512
-_ANSWERS = 2
+_ANSWERS = 8  # of each row, so that the emptying batch at the end counts little
 
 type Candidate = tuple[SimulatedMethod, OutcomeLaws | None]
 
@@ -224,7 +224,7 @@ def _simulate_best(
     candidates: Sequence[Candidate], costs: ChipCosts, rows: int
 ) -> tuple[SimulatedMethod, Simulated]:
     (method, laws), _ = best_rate(candidates, costs, rows)
-    work = Work(rows=rows, answers=_ANSWERS, tokens=_TOKENS, runs=max(4, _RUNS // rows))
+    work = Work(rows=rows, answers=_ANSWERS, tokens=_TOKENS, runs=max(2, _RUNS // rows))
     return method, simulate(method, costs, laws, work)
 
 

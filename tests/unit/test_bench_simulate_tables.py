@@ -344,8 +344,12 @@ def test_check_tells_what_does_not_hold_by_its_exit_code(tmp_path, capsys):
     record["methods"]["ngram:kind=simple"] = {"decode_tokens_per_s": 900}
     path = tmp_path / "parts.json"
     path.write_text(json.dumps(record))
-    assert run("check", "--parts", path) == 0
+    assert run("check", "--parts", path, "--out", tmp_path) == 0
     assert "ngram:kind" not in capsys.readouterr().out
+    written = json.loads((tmp_path / "check.json").read_text())
+    assert all(abs(one["error"]) <= 0.1 for one in written["comparisons"] if one["promised"])
+    for name in ("check.png", "draft_len.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     record["methods"]["draft:k=2"]["decode_tokens_per_s"] = 500
     path.write_text(json.dumps(record))
     assert run("check", "--measured", path) == 1
