@@ -108,8 +108,18 @@ class PowerLaw:
 
 
 def power_law_through(guesses: int, hit_rate: float, decay: float) -> PowerLaw:
-    """The law by which so many guesses hold the bonus token at that rate."""
-    return PowerLaw(first_miss=min(1.0, (1 - hit_rate) * guesses**decay), decay=decay)
+    """The law by which so many guesses hold the bonus token at that rate.
+
+    Raises:
+        RequestError: it decays so fast that so many guesses hold more.
+    """
+    first_miss = (1 - hit_rate) * guesses**decay
+    if not first_miss <= 1 + 1e-9:
+        raise RequestError(
+            f"With a decay of {decay:g}, {guesses} guesses hold at least "
+            f"{1 - guesses**-decay:.3g} of the outcomes, got {hit_rate:g}: lower the decay."
+        )
+    return PowerLaw(first_miss=min(1.0, first_miss), decay=decay)
 
 
 def geometric_law(draft_len: int, acceptance: float, guesses: PowerLaw) -> OutcomeLaw:

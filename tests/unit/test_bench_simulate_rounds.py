@@ -218,13 +218,16 @@ def test_acceptance_is_found_again_from_tokens_a_round(draft_len, acceptance):
     assert acceptance_for(draft_len, tokens) == pytest.approx(acceptance, abs=1e-6)
 
 
-@given(hit_rate=st.floats(0.5, 1), decay=st.floats(0.2, 2), guesses=st.integers(1, 6))
-def test_power_law_goes_through_its_point_and_grows(hit_rate, decay, guesses):
-    law = power_law_through(guesses, hit_rate, decay)
-    held = np.cumsum(law.guesses())
-    capped = max(hit_rate, 1 - guesses**-decay)  # a single guess misses with chance 1 at most
-    assert held[guesses - 1] == pytest.approx(capped)
+@given(share=st.floats(0, 1), decay=st.floats(0.2, 2), guesses=st.integers(1, 6))
+def test_power_law_goes_through_its_point_and_grows(share, decay, guesses):
+    least = 1 - guesses**-decay
+    hit_rate = least + share * (1 - least)
+    held = np.cumsum(power_law_through(guesses, hit_rate, decay).guesses())
+    assert held[guesses - 1] == pytest.approx(hit_rate)
     assert np.all(np.diff(held) >= -1e-12)
+    if least > 0.01:
+        with pytest.raises(RequestError, match="lower the decay"):
+            power_law_through(guesses, least - 0.01, decay)
 
 
 @pytest.mark.parametrize(
