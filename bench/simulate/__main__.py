@@ -1,26 +1,20 @@
-"""`python -m bench.simulate ACTION ...`."""
+"""`ssd-jax bench simulate ACTION ...`, or `python -m bench.simulate ACTION ...`."""
 
-import argparse
 import sys
+from collections.abc import Sequence
 
-from bench.simulate.command import add_simulate_arguments, run_simulate
+from bench.simulate.command import simulate_command
 from ssd_jax.errors import SsdJaxError
 
 
-def main() -> int:
+def main(argv: Sequence[str]) -> int:
     """Run the command line; the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.simulate",
-        description="What rounds of speculation cost and bring, on machines at hand and not.",
-    )
-    add_simulate_arguments(parser)
-    args = parser.parse_args()
-    try:
-        return run_simulate(args)
-    except SsdJaxError as error:
-        print(f"simulate: {error}", file=sys.stderr)
-        return 2
+    return simulate_command(argv)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except SsdJaxError as error:
+        print(f"simulate: {error}", file=sys.stderr)
+        sys.exit(2)

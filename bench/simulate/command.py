@@ -1,9 +1,11 @@
-"""The simulator's command line: `check` it, `run` one setting, or `scale` to larger placements."""
+"""The simulator's command line: `check` it, `run` settings, or `scale` to larger placements."""
 
 import argparse
 import statistics
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from bench.arguments import make_parser, read_arguments
 from bench.record import write_record
 from bench.simulate import published
 from bench.simulate.calibrate import (
@@ -29,10 +31,8 @@ from bench.simulate.records import (
     OWN_MACHINE,
     PartsRecord,
     Trace,
+    read_cells,
     read_parts,
-    read_speeds,
-    read_trace,
-    trace_laws,
 )
 from bench.simulate.report import (
     comparison_record,
@@ -52,6 +52,7 @@ from bench.simulate.scale import (
     predict_points,
     vary,
 )
+from bench.simulate.traces import read_trace, trace_laws
 from ssd_jax.errors import RequestError
 
 DEFAULT_PAIRS = (
@@ -61,52 +62,71 @@ DEFAULT_PAIRS = (
 )
 
 
-def add_simulate_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the three actions and their options."""
-    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
-    check = actions.add_parser(
-        "check", help="compare with measured and published speeds; exit code 1 beyond 10 %%"
-    )
-    check.add_argument(
-        "--parts", type=Path, default=OWN_MACHINE, help="own times (those of bench/RESULTS.md)"
-    )
-    check.add_argument(
-        "--measured", type=Path, help="record of own speeds (those in the file of --parts)"
-    )
-    check.add_argument("--out", type=Path, help="folder for the record and plots (none)")
-
-    run = actions.add_parser("run", help="simulate methods with given times and outcomes")
-    run.add_argument("--methods", nargs="+", required=True, metavar="METHOD")
-    run.add_argument("--parts", type=Path, help="times: a parts record or a tuned TOML file")
-    run.add_argument("--pair", help="or else TARGET/DRAFT of the models known")
-    _add_placement(run)
-    run.add_argument("--draft-chips", type=int, default=1, help="chips of SSD's draft (1)")
-    run.add_argument("--trace", type=Path, help="outcomes: a record of Completion.speculation")
-    run.add_argument("--acceptance", type=float, help="or else: chance that a token is accepted")
-    run.add_argument("--hit-rate", type=float, help="share of outcomes that 3 guesses hold (0.88)")
-    run.add_argument("--decay", type=float, default=1.0, help="of misses with guesses (1)")
-    run.add_argument("--batch", type=int, help="rows decoded together (1, or those of --parts)")
-    run.add_argument("--tokens", type=int, default=512, help="tokens an answer (512)")
-    run.add_argument("--runs", type=int, default=64, help="how often it is repeated (64)")
-    run.add_argument("--seed", type=int, default=0, help="of the random outcomes (0)")
-
-    scale = actions.add_parser("scale", help="predict larger placements")
-    scale.add_argument("--pairs", nargs="+", default=DEFAULT_PAIRS, metavar="TARGET/DRAFT")
-    _add_placement(scale)
-    scale.add_argument("--draft-chips", type=int, nargs="+", default=(1, 2, 4), help="(1 2 4)")
-    scale.add_argument(
-        "--batch", type=int, nargs="+", default=(1, 2, 4, 8, 16, 32, 64), help="(1 to 64)"
-    )
-    scale.add_argument("--out", type=Path, help="folder for the record and plots (none)")
-
-
-def run_simulate(args: argparse.Namespace) -> int:
-    """Do what the arguments ask for; the exit code.
+def simulate_command(argv: Sequence[str]) -> int:
+    """Run one action with its arguments; the exit code.
 
     Raises:
         SsdJaxError: something in them or in the files they name is wrong.
     """
-    return {"check": _check, "run": _run, "scale": _scale}[args.action](args)
+    parser = make_parser("simulate", "What rounds cost and bring, on machines at hand and not.")
+    actions = "; ".join(f"{name}: {text}" for name, (text, _, _) in _ACTIONS.items())
+    parser.add_argument("action", choices=tuple(_ACTIONS), metavar="ACTION", help=actions)
+    parser.add_argument(
+        "options",
+        nargs=argparse.REMAINDER,
+        metavar="...",
+        help="of the action, see `ssd-jax bench simulate ACTION --help`",
+    )
+    asked = parser.parse_args(argv)
+    text, add_arguments, act = _ACTIONS[asked.action]
+    own = make_parser(f"simulate {asked.action}", f"{text[0].upper()}{text[1:]}.")
+    add_arguments(own)
+    return act(read_arguments(own, asked.options))
+
+
+def _add_check(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--parts",
+        type=Path,
+        nargs="+",
+        default=OWN_MACHINE,
+        help="own times (those of bench/RESULTS.md)",
+    )
+    parser.add_argument(
+        "--measured", type=Path, help="record of own speeds (those in the file of --parts)"
+    )
+    parser.add_argument("--out", type=Path, help="folder for the record and plots (none)")
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--methods", nargs="+", required=True, metavar="METHOD")
+    parser.add_argument("--parts", type=Path, help="times: a parts record or a tuned TOML file")
+    parser.add_argument("--pair", help="or else TARGET/DRAFT of the models known")
+    _add_placement(parser)
+    parser.add_argument("--draft-chips", type=int, default=1, help="chips of SSD's draft (1)")
+    parser.add_argument(
+        "--trace", type=Path, help="outcomes: a record of SSD, see bench/simulate/traces.py"
+    )
+    parser.add_argument("--trace-method", help="which one, if it is a record of `bench run`")
+    parser.add_argument("--acceptance", type=float, help="or else: chance that a token is accepted")
+    parser.add_argument(
+        "--hit-rate", type=float, help="share of outcomes that 3 guesses hold (0.88)"
+    )
+    parser.add_argument("--decay", type=float, default=1.0, help="of misses with guesses (1)")
+    parser.add_argument("--batch", type=int, help="rows decoded together (1, or those of --parts)")
+    parser.add_argument("--tokens", type=int, default=512, help="tokens an answer (512)")
+    parser.add_argument("--runs", type=int, default=64, help="how often it is repeated (64)")
+    parser.add_argument("--seed", type=int, default=0, help="of the random outcomes (0)")
+
+
+def _add_scale(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--pairs", nargs="+", default=DEFAULT_PAIRS, metavar="TARGET/DRAFT")
+    _add_placement(parser)
+    parser.add_argument("--draft-chips", type=int, nargs="+", default=(1, 2, 4), help="(1 2 4)")
+    parser.add_argument(
+        "--batch", type=int, nargs="+", default=(1, 2, 4, 8, 16, 32, 64), help="(1 to 64)"
+    )
+    parser.add_argument("--out", type=Path, help="folder for the record and plots (none)")
 
 
 def _add_placement(parser: argparse.ArgumentParser) -> None:
@@ -120,14 +140,17 @@ def _add_placement(parser: argparse.ArgumentParser) -> None:
 def _check(args: argparse.Namespace) -> int:
     folder = _folder(args.out)
     calibration = calibrate()
-    own = read_parts(args.parts)
-    speeds = read_speeds(args.measured) if args.measured else own.speeds
-    if not speeds:
-        raise RequestError(
-            f"{args.parts} tells times but no speeds to compare with: name a record of "
-            "bench/speculation_speed.py with --measured."
-        )
-    rows = [*compare_own(own, speeds), *compare_published(calibration)]
+    rows = []
+    for path in args.parts:
+        own = read_parts(path)
+        cells = read_cells(args.measured, own.batch) if args.measured else own.cells
+        if not cells:
+            raise RequestError(
+                f"{path} tells times but no speeds to compare with: name a record of "
+                "`ssd-jax bench run` with --measured."
+            )
+        rows += compare_own(own, cells)
+    rows += compare_published(calibration)
     print(comparison_tables(rows), "", constant_table(calibration.constants), sep="\n")
     if folder:
         write_record(comparison_record(rows, calibration.constants), folder / "check.json")
@@ -168,7 +191,13 @@ def _run(args: argparse.Namespace) -> int:
     methods = [parse_simulated(name) for name in args.methods]
     record = read_parts(args.parts) if args.parts else None
     batch, costs = _batch_and_costs(args, record)
-    trace = read_trace(args.trace) if args.trace else record.trace if record else None
+    trace = (
+        read_trace(args.trace, args.trace_method)
+        if args.trace
+        else record.trace
+        if record
+        else None
+    )
     work = Work(rows=batch, tokens=args.tokens, runs=args.runs)
     lines = [
         "| method | tokens/s | spread | tokens a round | hits | round, ms | rounds that wait |",
@@ -305,3 +334,14 @@ def _folder(path: Path | None) -> Path | None:
             "name another."
         ) from error
     return path
+
+
+_ACTIONS: dict[str, tuple[str, Callable[..., None], Callable[..., int]]] = {
+    "check": (
+        "compare with measured and published speeds; exit code 1 beyond a tenth",
+        _add_check,
+        _check,
+    ),
+    "run": ("simulate methods with given times and outcomes", _add_run, _run),
+    "scale": ("predict larger placements", _add_scale, _scale),
+}

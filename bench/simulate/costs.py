@@ -32,6 +32,11 @@ class Costs(Protocol):
         ...
 
     @property
+    def host_s(self) -> float:
+        """What dispatching a round takes from the draft's device, if it has no core of its own."""
+        ...
+
+    @property
     def overlap(self) -> float:
         """How many times as long target and draft take while the other is at work too."""
         ...
@@ -64,14 +69,15 @@ class MeasuredCosts:
     draft_s: tuple[float, float]
     hop_s: float = 0.0
     dispatch_s: float = 0.0
+    host_s: float = 0.0
     overlap: float = 1.0
 
     def __post_init__(self) -> None:
-        if min(*self.draft_s, self.hop_s, self.dispatch_s) < 0 or self.overlap < 1:
+        if min(*self.draft_s, self.hop_s, self.dispatch_s, self.host_s) < 0 or self.overlap < 1:
             raise RequestError(
                 "Times must not be negative and overlap (how many times as long programs take at "
                 f"the same time) must be at least 1, got {self.draft_s}, {self.hop_s}, "
-                f"{self.dispatch_s} and {self.overlap}."
+                f"{self.dispatch_s}, {self.host_s} and {self.overlap}."
             )
 
     @property
@@ -167,6 +173,7 @@ class ChipCosts:
     engine: EngineTimes
     batch: int
     dispatch_s: float = 0.0  # is part of judging
+    host_s: float = 0.0  # has cores of its own
     overlap: float = 1.0
 
     @property

@@ -1,18 +1,12 @@
-"""Files that the simulator reads: times of the parts of a round, speeds, outcomes of a run.
+"""Files that the simulator reads: times of the parts of a round, and measured speeds.
 
 Parts come as the TOML that `ssd-jax tune` writes, or as JSON:
 
-    {"schema": 1, "source": "...", "batch": 1, "parts": {...}, "methods": {...}}
+    {"schema": 1, "source": "...", "batch": 1, "parts": {...}, "cells": [...]}
 
-`parts` has the fields of `Times` (`ssd_jax/tuning/speed.py`) and of `MeasuredCosts`, `methods` what
-`bench/speculation_speed.py` records of each: `decode_tokens_per_s`, `tokens_per_target_step` and
-`hit_rate`. A trace is JSON too:
-
-    {"schema": 1, "fan_out": {"after_hit": [3, 2], "after_miss": [3, 2]}, "fallback": "neural",
-     "foretold": true, "speculation": [...]}
-
-with one `Completion.speculation` of SSD an answer, as `dataclasses.asdict` makes it; `foretold`
-(true if absent) as in `Behaviour` of the same file. The wider its fan-out, the more can be told.
+`parts` has the fields of `Times` (`ssd_jax/tuning/speed.py`) and of `MeasuredCosts`. `cells` may be
+left out; they are as in records of `ssd-jax bench run` (`bench/RECORDS.md`), of which `workload`
+and of each method `decode_tokens_per_s`, `tokens_per_target_step` and `hit_rate` are read.
 """
 
 import dataclasses
@@ -20,25 +14,23 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 
+from bench.record import read_record, require_run
 from bench.simulate.costs import MeasuredCosts
-from bench.simulate.methods import SimulatedMethod
-from bench.simulate.outcomes import OutcomeLaws, counted_law
-from ssd_jax.engine.counts import LookupCounts
 from ssd_jax.engine.ssd_options import Fallback
 from ssd_jax.errors import RequestError, SsdJaxError
-from ssd_jax.fan_out import FanOut
-from ssd_jax.tuning.measuring import read_outcomes
 from ssd_jax.tuning.speed import Behaviour, Outcomes, Times
 from ssd_jax.tuning.tuned_file import read_tuned
 
 SCHEMA = 1
-OWN_MACHINE = Path(__file__).parent / "xeon.json"
+OWN_MACHINE = tuple(Path(__file__).parent / name for name in ("xeon.json", "xeon_first.json"))
 _TIMES = ("verify_s", "lookup_s", "neural_s", "ngram_s", "prepare_s")
-_REST = ("draft_s", "hop_s", "dispatch_s", "overlap")
+_REST = ("draft_s", "hop_s", "dispatch_s", "host_s", "overlap")
+
+type Cells = dict[str, dict[str, MeasuredSpeed]]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,13 +55,14 @@ class PartsRecord:
     """Times of one machine, and what came out there if that is known.
 
     Attributes:
+        cells: measured methods by workload.
         trace: of the longest drafts, where the file has it (tuned files do).
     """
 
     source: str
     batch: int
     costs: MeasuredCosts
-    speeds: dict[str, MeasuredSpeed]
+    cells: Cells
     trace: Trace | None
 
 
@@ -81,7 +74,7 @@ def read_parts(path: Path) -> PartsRecord:
     """
     if path.suffix == ".toml":
         return _from_tuned(path)
-    content = _read_json(path)
+    content = read_json(path)
     parts = content.get("parts")
     if not isinstance(parts, dict):
         raise RequestError(f"{path} should have an object `parts` with the times, got {parts!r}.")
@@ -108,104 +101,25 @@ def read_parts(path: Path) -> PartsRecord:
         source=str(content.get("source", path)),
         batch=batch,
         costs=costs,
-        speeds=_speeds(path, content),
+        cells=_cells(path, content, batch),
         trace=None,
     )
 
 
-def read_speeds(path: Path) -> dict[str, MeasuredSpeed]:
-    """The measured methods of a record of `bench/speculation_speed.py`, by name.
+def read_cells(path: Path, batch: int) -> Cells:
+    """The methods that `ssd-jax bench run` measured with so many rows, by workload.
 
     Raises:
-        RequestError: the file is not there or not such a record.
+        SsdJaxError: the file is not there, not such a record or without such rows.
     """
-    speeds = _speeds(path, _read_json(path))
-    if not speeds:
-        raise RequestError(f"{path} should tell speeds of `methods`, got none: name a record.")
-    return speeds
-
-
-def read_trace(path: Path) -> Trace:
-    """The outcomes that answers of SSD counted.
-
-    With the neural fallback the outcomes of prepared drafts and of later ones are put together: one
-    model drafts both. That drafts after a miss fare worse tells of the text at which that fan-out
-    misses, and would mislead about another fan-out.
-
-    Raises:
-        RequestError: the file is not there or not such a record.
-    """
-    content = _read_json(path)
-    if content.get("fallback") not in get_args(Fallback):
+    record = read_record(path)
+    require_run(record, path)
+    cells = _cells(path, record, batch)
+    if not cells:
         raise RequestError(
-            f"`fallback` of {path} should be neural or ngram, got {content.get('fallback')!r}."
+            f"{path} should tell speeds of {batch} rows, as the times are of: measure them."
         )
-    fallback: Fallback = "ngram" if content["fallback"] == "ngram" else "neural"
-    try:
-        lists = content["fan_out"]
-        fan_out = FanOut(after_hit=tuple(lists["after_hit"]), after_miss=tuple(lists["after_miss"]))
-        counts = [
-            LookupCounts(**{name: _tuples(value) for name, value in one["lookups"].items()})
-            for one in content["speculation"]
-        ]
-        after_miss, after_hit = (
-            read_outcomes(counts, fan_out, after_hit=kind) for kind in (False, True)
-        )
-    except SsdJaxError as error:
-        raise RequestError(f"The trace {path} cannot be used: {error}") from error
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-        raise RequestError(
-            f"The trace {path} should have fan_out and, of each answer of SSD, speculation with "
-            f"its lookups ({type(error).__name__}: {error}): write it from Completion.speculation."
-        ) from error
-    foretold = bool(content.get("foretold", True))
-    if fallback == "neural":
-        after_miss = after_hit = _together(after_miss, after_hit)
-    return Trace(
-        behaviour=Behaviour(
-            after_hit=after_hit,
-            after_miss=after_miss,
-            foretold=(foretold, foretold and fallback == "neural"),
-        ),
-        fallback=fallback,
-    )
-
-
-def trace_laws(trace: Trace, method: SimulatedMethod) -> OutcomeLaws:
-    """How the drafts of a method come out, by a trace of drafts at least as long.
-
-    Raises:
-        RequestError: the trace's drafts were shorter, or another fallback's.
-    """
-    longest = len(trace.behaviour.after_hit.accepted) - 1
-    if method.draft_len > longest:
-        raise RequestError(
-            f"The trace is of drafts of {longest} tokens, got a method with {method.draft_len}: "
-            "lower its k, or record longer drafts."
-        )
-    if method.fan_out is not None and method.fallback != trace.fallback:
-        raise RequestError(
-            f"The trace was recorded with the {trace.fallback} fallback, got a method with "
-            f"{method.fallback}: record one with that."
-        )
-    own = trace.behaviour.shortened(method.draft_len)
-    hits = own.after_hit if own.after_hit.accepted.sum() else own.after_miss
-    misses = own.after_miss if own.after_miss.accepted.sum() else own.after_hit
-    return OutcomeLaws(after_hit=counted_law(hits), after_miss=counted_law(misses))
-
-
-def _together(one: Outcomes, other: Outcomes) -> Outcomes:
-    """The counts of both, of which one may have been given fewer guesses."""
-    width = max(one.hits_by_rank.shape[1], other.hits_by_rank.shape[1])
-    hits = [
-        np.pad(outcomes.hits_by_rank, ((0, 0), (0, width - outcomes.hits_by_rank.shape[1])))
-        for outcomes in (one, other)
-    ]
-    return Outcomes(
-        accepted=one.accepted + other.accepted,
-        hits_by_rank=hits[0] + hits[1],
-        lookups=one.lookups + other.lookups,
-    )
+    return cells
 
 
 def _from_tuned(path: Path) -> PartsRecord:
@@ -226,7 +140,7 @@ def _from_tuned(path: Path) -> PartsRecord:
         source=str(path),
         batch=tuned.measured.batch_size,
         costs=MeasuredCosts(times=tuned.times, draft_s=tuned.times.neural_s),
-        speeds={},
+        cells={},
         trace=Trace(
             behaviour=Behaviour(
                 after_hit=outcomes(figures.accepted_after_hit, figures.guesses_after_hit),
@@ -238,35 +152,44 @@ def _from_tuned(path: Path) -> PartsRecord:
     )
 
 
-def _speeds(path: Path, content: Mapping[str, Any]) -> dict[str, MeasuredSpeed]:
-    methods = content.get("methods", {})
-    if not isinstance(methods, dict):
-        raise RequestError(f"`methods` of {path} should be an object, got {methods!r}.")
-    speeds = {}
-    for name, figures in methods.items():
-        fields = figures if isinstance(figures, dict) else {}
-        values = {
-            key: fields.get(key)
-            for key in ("decode_tokens_per_s", "tokens_per_target_step", "hit_rate")
+def _cells(path: Path, content: Mapping[str, Any], batch: int) -> Cells:
+    cells = content.get("cells", [])
+    if not isinstance(cells, list) or not all(isinstance(cell, dict) for cell in cells):
+        raise RequestError(f"`cells` of {path} should be a list of objects, got {cells!r}.")
+    named: Cells = {}
+    for cell in cells:
+        methods = cell.get("methods", {})
+        if not isinstance(methods, dict):
+            raise RequestError(f"`methods` of {path} should be an object, got {methods!r}.")
+        if cell.get("batch", batch) != batch or not methods:
+            continue
+        temperature = f", T {cell['temperature']:g}" if "temperature" in cell else ""
+        named[f"{cell.get('workload')}{temperature}"] = {
+            name: _speed(path, name, figures) for name, figures in methods.items()
         }
-        numbers = {
-            key: None if value is None else _numbers(path, f"{name}.{key}", value)
-            for key, value in values.items()
-        }
-        speed = numbers["decode_tokens_per_s"]
-        if not isinstance(speed, float) or speed <= 0:
-            raise RequestError(
-                f"{path} should tell decode_tokens_per_s above 0 of {name}, got {speed!r}."
-            )
-        speeds[name] = MeasuredSpeed(
-            tokens_per_s=speed,
-            tokens_per_round=numbers["tokens_per_target_step"],
-            hit_rate=numbers["hit_rate"],
+    return named
+
+
+def _speed(path: Path, name: str, figures: object) -> MeasuredSpeed:
+    fields = figures if isinstance(figures, dict) else {}
+    keys = ("decode_tokens_per_s", "tokens_per_target_step", "hit_rate")
+    speed, tokens, hit_rate = (
+        None if fields.get(key) is None else _numbers(path, f"{name}.{key}", fields[key])
+        for key in keys
+    )
+    if not isinstance(speed, float) or speed <= 0:
+        raise RequestError(
+            f"{path} should tell decode_tokens_per_s above 0 of {name}, got {speed!r}."
         )
-    return speeds
+    return MeasuredSpeed(tokens_per_s=speed, tokens_per_round=tokens, hit_rate=hit_rate)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in one of the simulator's own files.
+
+    Raises:
+        RequestError: there is none of this version.
+    """
     try:
         content = json.loads(path.read_text("utf-8"))
     except OSError as error:
@@ -293,7 +216,3 @@ def _numbers(path: Path, name: str, value: Any) -> Any:  # noqa: ANN401 (a numbe
     if not is_number or not math.isfinite(value):
         raise RequestError(f"{name} of {path} should be finite numbers, got {value!r}.")
     return float(value)
-
-
-def _tuples(value: Any) -> Any:  # noqa: ANN401 (nested lists of whole numbers)
-    return tuple(map(_tuples, value)) if isinstance(value, list) else int(value)

@@ -186,7 +186,7 @@ def ssd_pace(method: SimulatedMethod, costs: Costs) -> Pace:
     if method.fan_out is None:
         raise TypeError("Only SSD prepares drafts.")
     verify_s = costs.dispatch_s + costs.verify(method.draft_len)
-    prepare_s = costs.prepare(method.draft_len, method.fan_out.num_branches)
+    prepare_s = costs.host_s + costs.prepare(method.draft_len, method.fan_out.num_branches)
     both_s = min(verify_s, prepare_s) * (costs.overlap - 1)
     target_s, draft_s = verify_s + both_s + 2 * costs.hop_s, prepare_s + both_s
     return Pace(

@@ -1,6 +1,5 @@
 """The simulator against published and own tables, its cost model, its files and its command."""
 
-import argparse
 import dataclasses
 import json
 
@@ -9,14 +8,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bench.record import SCHEMA
 from bench.simulate.calibrate import calibrate, costs_on_h100
 from bench.simulate.chips import Latencies, find_chip, find_shape, pass_s
-from bench.simulate.command import add_simulate_arguments, run_simulate
+from bench.simulate.command import simulate_command
 from bench.simulate.comparison import compare_published
 from bench.simulate.methods import SimulatedMethod, parse_simulated
 from bench.simulate.outcomes import OutcomeLaw, OutcomeLaws
 from bench.simulate.own_machine import compare_own
-from bench.simulate.records import OWN_MACHINE, read_parts, read_speeds, read_trace, trace_laws
+from bench.simulate.records import OWN_MACHINE, read_cells, read_parts
 from bench.simulate.rounds import Work, simulate
 from bench.simulate.scale import (
     Assumptions,
@@ -24,6 +24,7 @@ from bench.simulate.scale import (
     make_placement,
     predict_points,
 )
+from bench.simulate.traces import read_trace, trace_laws
 from ssd_jax.engine.counts import DraftCounts, LookupCounts, SpeculationCounts
 from ssd_jax.errors import RequestError, SsdJaxError
 from ssd_jax.fan_out import branch_layout
@@ -95,14 +96,16 @@ def test_calibration_meets_what_it_was_fitted_to(calibration):
     assert all(value >= 0 for value in dataclasses.asdict(calibration.engine).values())
 
 
-def test_own_table_is_within_a_tenth_of_what_its_parts_predict():
-    record = read_parts(OWN_MACHINE)
-    rows = compare_own(record, record.speeds)
-    assert [row.figure for row in rows] == list(record.speeds)
-    assert [row.fitted for row in rows] == [True] + [False] * 6
+@pytest.mark.parametrize(("path", "cells"), [(OWN_MACHINE[0], 2), (OWN_MACHINE[1], 1)])
+def test_own_tables_are_within_a_tenth_of_what_their_parts_predict(path, cells):
+    record = read_parts(path)
+    assert len(record.cells) == cells
+    rows = compare_own(record, record.cells)
+    assert [row.fitted for row in rows] == [row.figure == "ar" for row in rows]
     assert [row for row in rows if not row.holds] == []
-    speeds = {row.figure: row.simulated for row in rows}
-    assert max(speeds, key=speeds.__getitem__).startswith("draft")  # as was measured: SSD loses
+    for group in {row.group for row in rows}:
+        speeds = {row.figure: row.simulated for row in rows if row.group == group}
+        assert max(speeds, key=speeds.__getitem__).startswith("draft")  # as measured: SSD loses
 
 
 @pytest.mark.parametrize(
@@ -314,9 +317,7 @@ def tuned_file(path):
 
 
 def run(*words):
-    parser = argparse.ArgumentParser()
-    add_simulate_arguments(parser)
-    return run_simulate(parser.parse_args([*map(str, words)]))
+    return simulate_command([*map(str, words)])
 
 
 def test_run_takes_a_tuned_file_with_its_own_outcomes(tmp_path, capsys):
@@ -339,21 +340,54 @@ def test_run_with_a_trace_and_with_chances(trace, tmp_path, capsys):
     assert capsys.readouterr().out != first
 
 
+def run_record(methods, **cell):
+    content = {"workload": "code", "temperature": 0.0, "batch": 1, "methods": methods, **cell}
+    return {"kind": "run", "schema": SCHEMA, "cells": [content]}
+
+
 def test_check_tells_what_does_not_hold_by_its_exit_code(tmp_path, capsys):
-    record = json.loads(OWN_MACHINE.read_text())
-    record["methods"]["ngram:kind=simple"] = {"decode_tokens_per_s": 900}
-    path = tmp_path / "parts.json"
-    path.write_text(json.dumps(record))
-    assert run("check", "--parts", path, "--out", tmp_path) == 0
+    methods = {
+        "ar": {"decode_tokens_per_s": 797},
+        "draft:k=3": {"decode_tokens_per_s": 1330, "tokens_per_target_step": 3.0},
+        "ngram:kind=simple": {"decode_tokens_per_s": 900},
+    }
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps(run_record(methods)))
+    own = ["check", "--parts", OWN_MACHINE[0], "--measured", path]
+    assert run(*own, "--out", tmp_path) == 0
     assert "ngram:kind" not in capsys.readouterr().out
     written = json.loads((tmp_path / "check.json").read_text())
     assert all(abs(one["error"]) <= 0.1 for one in written["comparisons"] if one["promised"])
     for name in ("check.png", "draft_len.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
-    record["methods"]["draft:k=2"]["decode_tokens_per_s"] = 500
-    path.write_text(json.dumps(record))
-    assert run("check", "--measured", path) == 1
+    methods["draft:k=3"]["decode_tokens_per_s"] = 500
+    path.write_text(json.dumps(run_record(methods)))
+    assert run(*own) == 1
     assert "beyond 10%" in capsys.readouterr().out
+    path.write_text(json.dumps(run_record(methods, batch=2)))
+    with pytest.raises(RequestError, match="speeds of 1 rows"):
+        read_cells(path, 1)
+
+
+def test_trace_of_a_run_adds_its_cells(tmp_path):
+    outcomes = {
+        "lookups": [5, 10],
+        "hits": [2, 6],
+        "accepted": [[3, 2], [4, 6]],
+        "hits_by_rank": [[[1, 0], [1, 0]], [[1, 1], [3, 1]]],
+    }
+    name = "ssd:k=1,f=2,fallback=ngram"
+    record = run_record({name: {"outcomes": outcomes}})
+    record["cells"] *= 2
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps(record))
+    behaviour = read_trace(path, name).behaviour
+    assert behaviour.after_miss.accepted.tolist() == [6, 4]
+    assert behaviour.after_hit.hits_by_rank.tolist() == [[2, 2], [6, 2]]
+    assert behaviour.after_hit.lookups == 20
+    for wrong in (None, "ssd:k=2"):
+        with pytest.raises(RequestError, match="--trace-method should name"):
+            read_trace(path, wrong)
 
 
 def test_scale_writes_record_and_plot(tmp_path, capsys):
@@ -379,13 +413,14 @@ def test_scale_writes_record_and_plot(tmp_path, capsys):
         ({"parts": 3}, "an object `parts`"),
         ({"parts": {"verify_s": [1.0]}}, "missing are lookup_s"),
         ({"batch": 0}, "whole number from 1 on"),
-        ({"methods": []}, "should be an object"),
-        ({"methods": {"ar": {}}}, "decode_tokens_per_s above 0 of ar"),
+        ({"cells": 1}, "list of objects"),
+        ({"cells": [{"methods": 1}]}, "should be an object"),
+        ({"cells": [{"methods": {"ar": {}}}]}, "decode_tokens_per_s above 0 of ar"),
     ],
 )
 def test_damaged_parts_are_refused_in_words(tmp_path, change, words):
     path = tmp_path / "parts.json"
-    path.write_text(json.dumps({**json.loads(OWN_MACHINE.read_text()), **change}))
+    path.write_text(json.dumps({**json.loads(OWN_MACHINE[1].read_text()), **change}))
     with pytest.raises(RequestError, match=words):
         read_parts(path)
 
@@ -403,7 +438,7 @@ def test_damaged_parts_are_refused_in_words(tmp_path, change, words):
     ],
 )
 def test_wrong_times_are_refused_in_words(tmp_path, name, value, words):
-    record = json.loads(OWN_MACHINE.read_text())
+    record = json.loads(OWN_MACHINE[1].read_text())
     record["parts"][name] = value
     path = tmp_path / "parts.json"
     path.write_text(json.dumps(record))
@@ -417,13 +452,15 @@ def test_files_that_are_none_are_refused_in_words(tmp_path):
     broken = tmp_path / "broken.json"
     broken.write_text("{")
     with pytest.raises(RequestError, match="should be JSON"):
+        read_parts(broken)
+    with pytest.raises(RequestError, match="should be a JSON file"):
         read_trace(broken)
     broken.write_text("[]")
     with pytest.raises(RequestError, match="a JSON object, got list"):
-        read_speeds(broken)
+        read_parts(broken)
     broken.write_text('{"schema": 1, "fallback": "neural"}')
-    with pytest.raises(RequestError, match="speeds of `methods`"):
-        read_speeds(broken)
+    with pytest.raises(RequestError, match="kind None"):
+        read_cells(broken, 1)
     with pytest.raises(RequestError, match="should have fan_out"):
         read_trace(broken)
     broken.write_text('{"schema": 1}')
@@ -439,11 +476,14 @@ def test_files_that_are_none_are_refused_in_words(tmp_path):
         (["run", "--methods", "ar", "--pair", "a/b"], "A model must be one of"),
         (["run", "--methods", "ar", "--pair", "qwen3-32b/qwen3-0.6b", "--chip", "z"], "A chip"),
         (["run", "--methods", "draft:k=2", "--pair", "qwen3-32b/qwen3-0.6b"], "must be told by"),
-        (["run", "--methods", "ar", "--parts", OWN_MACHINE, "--batch", 2], "measure the parts"),
-        (["run", "--methods", "draft:k=9", "--parts", OWN_MACHINE, "--acceptance", 0.5], "up to 5"),
+        (["run", "--methods", "ar", "--parts", OWN_MACHINE[1], "--batch", 2], "measure the parts"),
+        (
+            ["run", "--methods", "draft:k=9", "--parts", OWN_MACHINE[1], "--acceptance", 0.5],
+            "up to 5",
+        ),
         (["scale", "--batch", 0], "must be at least 1"),
         (["scale", "--target-chips", 0], "a chip at least"),
-        (["check", "--out", OWN_MACHINE], "cannot be made"),
+        (["check", "--out", OWN_MACHINE[0]], "cannot be made"),
     ],
 )
 def test_command_lines_that_mean_nothing_are_refused_in_words(words, error):
