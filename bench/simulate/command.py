@@ -99,7 +99,13 @@ def _add_check(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--methods", nargs="+", required=True, metavar="METHOD")
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        required=True,
+        metavar="METHOD",
+        help="such as ar, draft:k=3 or ssd:k=3,f=3-2-2-3,fallback=ngram",
+    )
     parser.add_argument("--parts", type=Path, help="times: a parts record or a tuned TOML file")
     parser.add_argument("--pair", help="or else TARGET/DRAFT of the models known")
     _add_placement(parser)
@@ -120,7 +126,13 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_scale(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--pairs", nargs="+", default=DEFAULT_PAIRS, metavar="TARGET/DRAFT")
+    parser.add_argument(
+        "--pairs",
+        nargs="+",
+        default=DEFAULT_PAIRS,
+        metavar="TARGET/DRAFT",
+        help=f"of {', '.join(SHAPES)} (three pairs)",
+    )
     _add_placement(parser)
     parser.add_argument("--draft-chips", type=int, nargs="+", default=(1, 2, 4), help="(1 2 4)")
     parser.add_argument(
