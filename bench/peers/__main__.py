@@ -1,8 +1,8 @@
 """ssd-jax and other engines on the same weights and prompts, one JSON record.
 
-    python -m bench.peers --prompts HumanEval.jsonl.gz --peers transformers llama.cpp --out FILE
-    python -m bench.peers --random-model --peers transformers llama.cpp --dtype bfloat16
-    python -m bench.peers --prompts FILE --peers server --server http://localhost:8000/v1
+    ssd-jax bench peers --prompts HumanEval.jsonl.gz --peers transformers llama.cpp --out FILE
+    ssd-jax bench peers --random-model --peers transformers llama.cpp --dtype bfloat16
+    ssd-jax bench peers --prompts FILE --peers server --server http://localhost:8000/v1
 
 All run on the same cores with as many threads, in the same precision, and give as many tokens,
 greedily; prompts go as token ids. They take turns on each prompt, and outputs are compared with
@@ -49,7 +49,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     peers = [peer for peer in MODES if peer != OURS]
     parser = argparse.ArgumentParser(
-        prog="python -m bench.peers", description="Our speed against other engines' in one run."
+        prog="ssd-jax bench peers", description="Our speed against other engines' in one run."
     )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompts", type=Path, help="JSON Lines with a `prompt` field")
