@@ -110,8 +110,8 @@ def _hit_figures(lookups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def _host_figures(samples: Sequence[Sample]) -> dict[str, Any]:
     """What the host takes, if it was timed.
 
-    `stream_host_share` is the time that looking every few tokens adds, over the time that decoding
-    then takes; `request_host_s` what `generate` takes besides prefill and decoding.
+    `stream_host_share` is the time that looking at the text adds, over the time that decoding then
+    takes; `request_host_s` what `generate` takes besides prefill and decoding.
     """
     if any("stream_s" not in one for one in samples):
         return {}

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Sharding
 from jaxtyping import PyTree
 
 from ssd_jax.decoding.autoregressive import decode
@@ -17,6 +18,7 @@ from ssd_jax.engine.batch import Batch
 from ssd_jax.engine.prompts import learn_prompts, read_prompts
 from ssd_jax.engine.speculation import Speculation
 from ssd_jax.model import Model
+from ssd_jax.placement import home
 from ssd_jax.types import (
     DecodeState,
     LookupStats,
@@ -60,11 +62,15 @@ def speculative(model: Model, speculation: Speculation) -> Method:
     synthetic_acceptance = None if rate is None else np.float32(rate)
 
     def prefill(batch: Batch) -> SpeculativeState:
+        # What is not said to be on the devices where the program will leave it compiles it twice.
+        small = home(model)
+        stats = no_stats(len(batch.lengths), len(drafter.names), drafter.draft_len)
+        pace = None if times is None else _no_pace(len(drafter.names), len(batch.lengths))
         return SpeculativeState(
             target=read_prompts(model, batch),
-            drafter=prefill_drafter(speculation, batch),
-            stats=no_stats(len(batch.lengths), len(drafter.names), drafter.draft_len),
-            pace=None if times is None else _no_pace(len(drafter.names), len(batch.lengths)),
+            drafter=prefill_drafter(speculation, batch, small),
+            stats=jax.device_put(stats, small),
+            pace=jax.device_put(pace, small),
         )
 
     def advance(batch: Batch, state: SpeculativeState, rounds: int) -> SpeculativeState:
@@ -90,9 +96,16 @@ def speculative(model: Model, speculation: Speculation) -> Method:
     )
 
 
-def prefill_drafter(speculation: Speculation, batch: Batch) -> PyTree:
-    """What a speculation's drafter remembers once it has read the prompts."""
-    tables = None if speculation.ngram is None else learn_prompts(speculation.ngram, batch)
+def prefill_drafter(
+    speculation: Speculation, batch: Batch, where: Sharding | None = None
+) -> PyTree:
+    """What a speculation's drafter remembers once it has read the prompts.
+
+    n-gram tables lie `where`, or where JAX puts them.
+    """
+    tables = None
+    if speculation.ngram is not None:
+        tables = jax.device_put(learn_prompts(speculation.ngram, batch), where)
     if speculation.draft is None:
         return tables
     cache = read_prompts(speculation.draft, batch).cache

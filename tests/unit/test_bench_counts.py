@@ -17,8 +17,9 @@ from tiny_models import CONFIGS, make_tiny
 
 from ssd_jax.decoding.autoregressive import decode
 from ssd_jax.decoding.ssd import prepare, verify_draft
-from ssd_jax.engine.method import autoregressive
-from ssd_jax.engine.speculation import Speculation
+from ssd_jax.drafting.ngram import NgramConfig
+from ssd_jax.engine.method import autoregressive, speculative
+from ssd_jax.engine.speculation import RoundTimes, Speculation
 from ssd_jax.engine.ssd import speculative_speculative
 from ssd_jax.engine.ssd_options import SSD
 from ssd_jax.generation import generate
@@ -82,6 +83,23 @@ def test_a_round_of_ssd_takes_three_dispatches_and_moves_nothing_from_the_host(p
     found = more(tmp_path, SSD(draft=draft, draft_len=DRAFT_LEN, fan_out=2))
     assert found["steps"] >= 7
     assert (found["dispatches"], found["puts"]) == (3 * found["steps"], 0)
+
+
+@pytest.mark.parametrize("kind", ["draft", "draft paced", "ngram"])
+def test_a_program_that_goes_on_is_the_one_that_began(kind, compilations):
+    """A state that comes out of a program must not need another one than it went into."""
+    draft = None if kind == "ngram" else model()
+    ngram = NgramConfig(max_draft=DRAFT_LEN) if kind == "ngram" else None
+    times = RoundTimes(seconds=((1.0,) * (DRAFT_LEN + 1),)) if kind == "draft paced" else None
+    speculation = Speculation(draft=draft, ngram=ngram, draft_len=DRAFT_LEN, round_times=times)
+    batch = batch_of(model(), [[1, 2, 3]], SamplingParams(max_tokens=30), DRAFT_LEN)
+    method = speculative(model(), speculation)
+    jax.clear_caches()
+    state = method.advance(batch, method.prefill(batch), 1)
+    assert compilations
+    compilations.clear()
+    method.advance(batch, state, 1)
+    assert compilations == []
 
 
 def bytes_touched(program, params):
