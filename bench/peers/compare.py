@@ -149,6 +149,7 @@ def _figures(
     return {
         "decode_tokens_per_s": total_rate(turns),
         "decode_tokens_per_s_spread": spread([one.decode_rate for one in turns]),
+        "fastest_decode_tokens_per_s": fastest_rate(turns),
         "decode_ratio_to_ours_ar": total_rate(turns) / total_rate(plain),
         "decode_ratio_to_ours_ar_spread": spread(_ratios(turns, plain)),
         "first_s_spread": spread(firsts) if firsts else None,
@@ -193,6 +194,8 @@ def _best(results: Results) -> dict[str, object]:
             "decode_tokens_per_s": total_rate(results.turns[contender]),
             "ours_over_it": total_rate(ours) / total_rate(results.turns[contender]),
             "ours_over_it_spread": spread(_ratios(ours, results.turns[contender])),
+            "ours_over_it_by_fastest_turns": fastest_rate(ours)
+            / fastest_rate(results.turns[contender]),
         }
         for peer, contender in best.items()
     }
@@ -201,6 +204,12 @@ def _best(results: Results) -> dict[str, object]:
 def total_rate(turns: Sequence[Turns]) -> float:
     """Tokens per second of decoding over all prompts."""
     return sum(one.decode_tokens for one in turns) / sum(one.decode_s for one in turns)
+
+
+def fastest_rate(turns: Sequence[Turns]) -> float:
+    """The same of each prompt's fastest turn, which other programs on the machine disturb least."""
+    seconds = sum(min(answer.decode_s for answer in one.timed) for one in turns)
+    return sum(one.decode_tokens for one in turns) / seconds
 
 
 def _ratios(one: Sequence[Turns], other: Sequence[Turns]) -> list[float]:

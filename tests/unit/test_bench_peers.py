@@ -171,6 +171,7 @@ def test_contenders_take_turns_and_ratios_are_of_medians():
     assert plain["whole_s_spread"] == pytest.approx([4.25, 5.25, 6.25])
     assert (plain["num_draft_tokens"], plain["num_accepted_tokens"]) == (20, 8)
     assert plain["outputs_that_differ"] == 0
+    assert record["contenders"]["ours/ar"]["fastest_decode_tokens_per_s"] == pytest.approx(8 / 3)
     best = record["best"]
     assert best["ours"]["contender"] == "ours/draft"
     assert best["llama.cpp"]["ours_over_it"] == pytest.approx(5.0)
