@@ -20,6 +20,7 @@ MODES = {
         "ngram-simple:n=3,max=11",
         "ngram-map-k:n=3,max=11",
         "ngram-mod",
+        "combined:k=3,n=3,max=11",
         "ngram-cache",
     ),
     SERVER: ("plain",),

@@ -4,7 +4,8 @@
 
 Modes and options: `plain`; `draft` (`k` tokens a round, 3); `ngram-simple`, `ngram-map-k`,
 `ngram-map-k4v` (`n` tokens to match, `max` drafted, `hits`), `ngram-mod` (`n`, `max`, `min`) and
-`ngram-cache`; without options the server's own defaults. The n-gram modes but `ngram-simple` keep
+`ngram-cache`; `combined` (`k`, `n`, `max`, `hits`): `ngram-simple`, and `draft` where it has
+nothing. Without options the server's own defaults. The n-gram modes but `ngram-simple` keep
 what they saw between requests and would replay an answer the second time, so their server starts
 anew for each.
 
@@ -54,6 +55,8 @@ _OPTIONS: dict[str, dict[str, str]] = {
         for kind in ("simple", "map-k", "map-k4v")
     },
 }
+_OPTIONS["combined"] = _OPTIONS["draft"] | _OPTIONS["ngram-simple"]
+_TYPES = {"draft": "draft-simple", "combined": "ngram-simple,draft-simple"}
 
 
 class Server:
@@ -172,15 +175,15 @@ def server_command(program: str, load: Load, request: Run) -> list[str]:
     command += ["--cache-ram", "0", "--log-verbosity", "1"]
     if is_exact:
         command += ["--flash-attn", "off", "--cache-type-k", "f32", "--cache-type-v", "f32"]
-    if request.mode == "draft":
+    if request.mode != "plain":
+        command += ["--spec-type", _TYPES.get(request.mode, request.mode)]
+    if request.mode in _TYPES:
         if load.draft is None:
-            raise PeerFailure("Mode draft needs a draft model, got none.")
-        command += ["--spec-type", "draft-simple", "--spec-draft-model", load.draft]
+            raise PeerFailure(f"Mode {request.mode} needs a draft model, got none.")
+        command += ["--spec-draft-model", load.draft]
         command += ["--spec-draft-threads", threads, "--spec-draft-threads-batch", threads]
         if is_exact:
             command += ["--spec-draft-type-k", "f32", "--spec-draft-type-v", "f32"]
-    elif request.mode != "plain":
-        command += ["--spec-type", request.mode]
     for name in request.options:
         command += [flags[name], str(number(request.options, name, 0))]
     return command

@@ -146,6 +146,18 @@ def test_unknown_modes_and_options_are_refused(mode, options, complaint):
         server_command("s", LOAD, request(mode, **options))
 
 
+def test_n_grams_and_a_draft_model_go_together():
+    command = server_command("s", LOAD, request("combined", k="3", n="4", max="9"))
+    for flag, value in (
+        ("--spec-type", "ngram-simple,draft-simple"),
+        ("--spec-draft-model", "d.gguf"),
+        ("--spec-draft-n-max", "3"),
+        ("--spec-ngram-simple-size-n", "4"),
+        ("--spec-ngram-simple-size-m", "9"),
+    ):
+        assert command[command.index(flag) + 1] == value
+
+
 def test_drafting_without_a_draft_is_refused():
     load = Load(target="t", draft=None, dtype="float32", threads=1, context=64)
     with pytest.raises(PeerFailure, match="needs a draft model"):
