@@ -21,7 +21,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from ssd_jax.config import ModelConfig
 from ssd_jax.control_flow import run_if
@@ -257,6 +257,16 @@ def add_token(counts: Int[Array, "B R V"], tokens: Int[Array, "B R"]) -> Int[Arr
     return counts.at[rows, branches, tokens].add(1)
 
 
+@jax.jit
+def stats_so_far(state: SpeculatorState, outcome: Int[Array, "B 3"]) -> LookupStats:
+    """The statistics with how much the last outcome accepted, which the next `propose` would count.
+
+    Without it they would depend on whether the host ended a text before or after that.
+    """
+    judged = (state.text.finish == Finish.RUNNING) & (outcome[:, 0] >= 0)
+    return add_accepted(state.stats, state.was_hit, outcome[:, 0], judged)
+
+
 def add_lookup(
     state: SpeculatorState,
     before: DecodeState,
@@ -275,8 +285,20 @@ def add_lookup(
         lookups=stats.lookups.at[rows, kind].add(looked_up),
         hits=stats.hits.at[rows, kind].add(hits),
         found_at=stats.found_at.at[rows, kind, branch].add(hits),
-        accepted=stats.accepted.at[rows, kind, verdict.num_accepted].add(judged.astype(jnp.int32)),
+        accepted=add_accepted(stats, state.was_hit, verdict.num_accepted, judged).accepted,
     )
+
+
+def add_accepted(
+    stats: LookupStats,
+    was_hit: Bool[Array, "B"],
+    num_accepted: Int[Array, "B"],
+    judged: Bool[Array, "B"],
+) -> LookupStats:
+    """The statistics with the accepted tokens of the rows whose drafts were judged."""
+    rows, kind = jnp.arange(len(judged), dtype=jnp.int32), was_hit.astype(jnp.int32)
+    accepted = stats.accepted.at[rows, kind, num_accepted].add(judged.astype(jnp.int32))
+    return dataclasses.replace(stats, accepted=accepted)
 
 
 def _divide(speculator: Speculator, values: Array, *, axis: int | None) -> Array:

@@ -16,7 +16,7 @@ class DraftCounts:
         num_drafts: rounds in which it proposed something.
         num_draft_tokens: tokens proposed.
         num_accepted_tokens: proposed tokens that stood (those behind a stop string, which are
-            dropped, included).
+            dropped, included: as many as were decoded until the host saw the string).
         num_accepted_tokens_per_pos: how often the token at each draft position was accepted.
     """
 
@@ -44,8 +44,7 @@ class LookupCounts:
         lookups: outcomes looked up.
         hits: outcomes that had been prepared.
         found_at: how often in each branch (see `fan_out.branch_layout`).
-        accepted: how often 0, 1, ... draft_len tokens of a draft were accepted; the draft's device
-            counts, which may not have heard of the request's last outcome.
+        accepted: how often 0, 1, ... draft_len tokens of a draft were accepted.
     """
 
     lookups: tuple[int, int]

@@ -14,7 +14,14 @@ from jax.sharding import Sharding
 from jaxtyping import Array, Float, Int
 
 from ssd_jax.decoding.emission import stop_rows
-from ssd_jax.decoding.ssd import NOTHING_JUDGED, Speculator, prepare, propose, verify_draft
+from ssd_jax.decoding.ssd import (
+    NOTHING_JUDGED,
+    Speculator,
+    prepare,
+    propose,
+    stats_so_far,
+    verify_draft,
+)
 from ssd_jax.drafting.drafts import point_masses
 from ssd_jax.engine.batch import Batch
 from ssd_jax.engine.method import Method, no_stats
@@ -87,7 +94,7 @@ def speculative_speculative(model: Model, ssd: SSD) -> Method:
     return Method(
         prefill=functools.partial(begin, programs),
         advance=advance,
-        view=lambda run: (run.target, run.stats, run.speculator.stats),
+        view=lambda run: (run.target, run.stats, stats_so_far(run.speculator, run.outcome)),
         stop=stop,
     )
 

@@ -88,7 +88,7 @@ def test_a_chain_of_ancestors_is_verification():
 
 def test_slots_that_nobody_sees_change_nothing():
     query, keys, values = make_inputs(4, 2)
-    plain = verify(query, keys, values, START)
+    plain = np.asarray(verify(query, keys, values, START))  # before its inputs change
     for b in range(B):
         keys[b, :, START[b] + T :] = 1e30
         values[b, :, START[b] + T :] = -1e30
@@ -97,7 +97,7 @@ def test_slots_that_nobody_sees_change_nothing():
 
 def test_no_token_sees_a_later_one():
     query, keys, values = make_inputs(4, 2)
-    plain = verify(query, keys, values, START)
+    plain = np.asarray(verify(query, keys, values, START))  # before its inputs change
     values[np.arange(B), :, START + 2] += 1.0
     changed = np.any(np.asarray(verify(query, keys, values, START) != plain), axis=(2, 3))
     np.testing.assert_array_equal(changed, [[False, False, True, True]] * B)
