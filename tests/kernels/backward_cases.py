@@ -131,6 +131,29 @@ def float64_gradients(
         return np.asarray(out), np.asarray(lse), tuple(np.asarray(x) for x in gradients)
 
 
+def rounding_errors(*, head_dim: int, size: float, length: int = 256) -> dict[str, float]:
+    """Errors of gradients in float64 whose weights and score gradients are rounded to bfloat16.
+
+    What any kernel has that feeds its products in 16 bits, and whose output came in 16 bits.
+    """
+    arrays = draw(1, length, length, 1, 1, head_dim, "bfloat16", size)
+    scale = head_dim**-0.5
+    out, lse, expected = float64_gradients(*arrays, None, None, False, scale)
+
+    def rounded(values: np.ndarray) -> np.ndarray:
+        return np.asarray(jnp.asarray(values, jnp.bfloat16), np.float64)
+
+    query, key, value, gradient = (np.asarray(x, np.float64)[0, :, 0] for x in arrays)
+    weights = np.exp(query @ key.T * scale - lse[0, 0][:, None])
+    delta = (gradient * rounded(out)[0, :, 0]).sum(-1)
+    slopes = rounded(weights * (gradient @ value.T - delta[:, None]))
+    found = slopes @ key * scale, slopes.T @ query * scale, rounded(weights).T @ gradient
+    return {
+        name: relative_rms(rounded(got), want[0, :, 0])
+        for name, got, want in zip(("query", "key", "value"), found, expected, strict=True)
+    }
+
+
 def compiled(
     *,
     batch: int = 1,

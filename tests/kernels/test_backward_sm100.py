@@ -26,7 +26,6 @@ SLOW_CASES = {
     "four_heads_a_kv_head": {"heads": 4, "causal": True, "head_dim": 64, "batch": 2},
     "beside_d128": {"alias": False, "tokens": 384},
     "over_each_other_d64": {"alias": True, "head_dim": 64, "causal": True},
-    "large_scores": {"size": 6.0, "head_dim": 64},
 }
 
 
@@ -43,6 +42,17 @@ def test_gradients_agree_with_float64_and_do_not_race(arguments):
     assert not outcome.races, outcome.log
     tolerance = TOLERANCE[arguments.get("dtype", "bfloat16")]
     assert max(outcome.figures.values()) <= tolerance
+
+
+@pytest.mark.slow
+def test_large_scores_cost_no_more_than_rounding_to_16_bits():
+    large = {"head_dim": 64, "size": 6.0}
+    least = run_case("backward_cases:rounding_errors", timeout=300.0, **large).figures
+    outcome = run_case("backward_cases:accuracy", timeout=300.0, **large)
+    assert not outcome.races, outcome.log
+    assert least.keys() == outcome.figures.keys()
+    for name, error in outcome.figures.items():
+        assert error <= 1.02 * least[name]
 
 
 @pytest.mark.slow
