@@ -278,7 +278,7 @@ def _figure(width: float, height: float) -> tuple["Figure", "Axes"]:
 def _bare_figure(width: float, height: float) -> "Figure":
     from matplotlib.figure import Figure
 
-    return Figure(figsize=(min(width, 16.0), height), layout="constrained")
+    return Figure(figsize=(min(max(width, 6.5), 16.0), height), layout="constrained")
 
 
 def _legend(figure: "Figure", axes: "Axes") -> None:
