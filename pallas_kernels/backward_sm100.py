@@ -18,7 +18,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.backward_tiles_sm100 import (
-    LOG2_E,
     TILE,
     BackwardConfig,
     Problem,
@@ -26,6 +25,7 @@ from pallas_kernels.backward_tiles_sm100 import (
     query_gradient_kernel,
 )
 from pallas_kernels.compat import unsupported_jax
+from pallas_kernels.exp2 import LOG2_E
 from pallas_kernels.registry import Kernel
 
 type Shaped = jax.Array | jax.ShapeDtypeStruct

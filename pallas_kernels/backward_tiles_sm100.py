@@ -6,7 +6,6 @@ products. Each compute warpgroup takes one half of a tile's columns.
 
 import dataclasses
 import functools
-import math
 import types
 from collections.abc import Callable
 
@@ -18,11 +17,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
 from pallas_kernels.compat import TMEM_LAYOUT, TMEM_ROW_LAYOUT, Ref, tiled_smem
+from pallas_kernels.exp2 import LOG2_E
 
 TILE = 128
 HALF = TILE // 2
 TENSOR_COLUMNS = 512
-LOG2_E = math.log2(math.e)
 
 _COLUMN_LAYOUT = TMEM_LAYOUT.reduce(0)
 _COMPUTE_REGISTERS, _FEEDER_REGISTERS = 216, 72

@@ -1,11 +1,7 @@
 """Merging attention over parts of the keys into attention over all of them."""
 
-import math
-
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
-
-LOG2_E = math.log2(math.e)  # natural logarithm times this is the logarithm to base 2
 
 
 def combine(

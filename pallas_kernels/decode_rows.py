@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt32
 
-from pallas_kernels.combine import LOG2_E, combine
+from pallas_kernels.combine import combine
+from pallas_kernels.exp2 import LOG2_E
 from pallas_kernels.registry import Kernel
 
 _MOST_ROWS = 1024  # a prompt's chunk has more; that is a job for a prefill kernel

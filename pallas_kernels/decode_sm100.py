@@ -8,14 +8,12 @@ softmax and rescales the accumulator when a maximum grew.
 import functools
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array
 
-from pallas_kernels.combine import LOG2_E
 from pallas_kernels.compat import (
     TMEM_LAYOUT,
     TMEM_ROW_LAYOUT,
@@ -29,7 +27,6 @@ from pallas_kernels.compat import (
 from pallas_kernels.decode_rows import kernels
 from pallas_kernels.decode_splits import (
     BLOCK_KV,
-    DecodeConfig,
     Place,
     Shape,
     attend_splits,
@@ -43,6 +40,7 @@ from pallas_kernels.decode_splits import (
     tiled_f32,
     unsupported,
 )
+from pallas_kernels.exp2 import LOG2_E
 
 TILE_ROWS = 128
 _CHUNK = 32  # columns of scores or accumulators that a thread works on at once
@@ -50,26 +48,6 @@ _OUT_CHUNK = 16  # columns of the output that leave at once
 _LOAD_WARP, _MULTIPLY_WARP = 0, 1
 # Registers a thread has with two tiles, of 512 for a thread of each warpgroup: softmax, others.
 _SOFTMAX_REGISTERS, _OTHER_REGISTERS = 208, 96
-
-
-@functools.partial(jax.jit, static_argnames=("scale", "config", "interpret"))
-def attend(
-    rows: Float[Array, "B K M H"],
-    keys: Float[Array, "X K Z H"],
-    values: Float[Array, "X K Z H"],
-    limits: Int[Array, "B M"],
-    bits: Int[Array, "B M 2"] | None,
-    num_visible: Int[Array, "B"],
-    page_table: Int[Array, "B P"] | None = None,
-    *,
-    scale: float,
-    config: DecodeConfig | None = None,
-    interpret: Any = False,  # noqa: ANN401
-) -> tuple[Float[Array, "B K M H"], Float[Array, "B K M"]]:
-    """The attended rows, float32, and their LSE (base 2); see `decode_splits.attend_splits`."""
-    arrays = (rows, keys, values, limits, bits, num_visible, page_table)
-    options = {"scale": scale, "config": config, "interpret": interpret}
-    return attend_splits(_build, TILE_ROWS, *arrays, **options)
 
 
 def _score_slots(shape: Shape) -> int:
@@ -352,4 +330,5 @@ def _softmax(
     plgpu.wait_smem_to_gmem(0)
 
 
+attend = functools.partial(attend_splits, _build, TILE_ROWS)
 KERNELS = kernels(attend, unsupported)

@@ -9,19 +9,15 @@ that the interpreter, which knows no left operand in registers, runs the kernel 
 import functools
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float, Int
 
-from pallas_kernels.combine import LOG2_E
 from pallas_kernels.compat import Ref, store, tiled_smem
 from pallas_kernels.decode_rows import kernels
 from pallas_kernels.decode_splits import (
     BLOCK_KV,
-    DecodeConfig,
     Place,
     Shape,
     attend_splits,
@@ -35,6 +31,7 @@ from pallas_kernels.decode_splits import (
     tiled_f32,
     unsupported,
 )
+from pallas_kernels.exp2 import LOG2_E
 
 TILE_ROWS = 64
 _OUT_COLUMNS = 32  # columns of the output that leave at once
@@ -42,26 +39,6 @@ _LAYOUT = plgpu.Layout.WGMMA
 _ROW_LAYOUT = plgpu.Layout.WGMMA.reduce(1)
 # Registers a thread has with two tiles, of 512 for a thread of each warpgroup: tiles, loading.
 _TILE_REGISTERS, _LOAD_REGISTERS = 232, 40
-
-
-@functools.partial(jax.jit, static_argnames=("scale", "config", "interpret"))
-def attend(
-    rows: Float[Array, "B K M H"],
-    keys: Float[Array, "X K Z H"],
-    values: Float[Array, "X K Z H"],
-    limits: Int[Array, "B M"],
-    bits: Int[Array, "B M 2"] | None,
-    num_visible: Int[Array, "B"],
-    page_table: Int[Array, "B P"] | None = None,
-    *,
-    scale: float,
-    config: DecodeConfig | None = None,
-    interpret: Any = False,  # noqa: ANN401
-) -> tuple[Float[Array, "B K M H"], Float[Array, "B K M"]]:
-    """The attended rows, float32, and their LSE (base 2); see `decode_splits.attend_splits`."""
-    arrays = (rows, keys, values, limits, bits, num_visible, page_table)
-    options = {"scale": scale, "config": config, "interpret": interpret}
-    return attend_splits(_build, TILE_ROWS, *arrays, **options)
 
 
 def _build(shape: Shape, interpret: Any) -> Any:  # noqa: ANN401
@@ -206,4 +183,5 @@ def _attend_tile(
     plgpu.wait_smem_to_gmem(0)
 
 
+attend = functools.partial(attend_splits, _build, TILE_ROWS)
 KERNELS = kernels(attend, unsupported)

@@ -110,6 +110,7 @@ class Shape:
         return min(self.tile_rows, self.used_rows - before)
 
 
+@functools.partial(jax.jit, static_argnames=("build", "tile_rows", "scale", "config", "interpret"))
 def attend_splits(
     build: Callable[[Shape, Any], Callable[..., Any]],
     tile_rows: int,
@@ -119,11 +120,11 @@ def attend_splits(
     limits: Int[Array, "B M"],
     bits: Int[Array, "B M 2"] | None,
     num_visible: Int[Array, "B"],
-    page_table: Int[Array, "B P"] | None,
+    page_table: Int[Array, "B P"] | None = None,
     *,
     scale: float,
-    config: DecodeConfig | None,
-    interpret: Any,  # noqa: ANN401
+    config: DecodeConfig | None = None,
+    interpret: Any = False,  # noqa: ANN401
 ) -> tuple[Float[Array, "B K M H"], Float[Array, "B K M"]]:
     """The attended rows, float32, and their LSE (base 2), by the kernel that `build` makes.
 

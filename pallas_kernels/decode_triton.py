@@ -16,8 +16,9 @@ import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.combine import LOG2_E, combine
+from pallas_kernels.combine import combine
 from pallas_kernels.decode_rows import kernels
+from pallas_kernels.exp2 import LOG2_E
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

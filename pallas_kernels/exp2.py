@@ -5,10 +5,14 @@ clock beside 8192 matrix FLOPs: both take equally long at head dim 128. Computin
 exponentials on the multiply-add units takes that limit away.
 """
 
+import math
+
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
+
+LOG2_E = math.log2(math.e)  # natural logarithm times this is the logarithm to base 2
 
 # 1.5 * 2**23: a float32 of that size has no bits after the point, so adding it rounds to an
 # integer and leaves that in the low bits. The half keeps the exponent for negative summands.

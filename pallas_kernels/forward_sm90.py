@@ -14,7 +14,6 @@ barriers, masks, softmax, pipeline) are those of the kernel for the GPU. It also
 """
 
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
@@ -24,11 +23,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.compat import Ref, tiled_smem, unsupported_jax
+from pallas_kernels.exp2 import LOG2_E
 from pallas_kernels.registry import Kernel
 
 TILE_ROWS = 64  # queries of a warpgroup
 COMPUTE_WARPGROUPS = 2
-LOG2_E = math.log2(math.e)
 
 _COMPUTE_REGISTERS, _LOAD_REGISTERS = 240, 24
 _ROWS = plgpu.Layout.WGMMA.reduce(1)

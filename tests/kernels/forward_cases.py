@@ -9,6 +9,7 @@ from faults import without
 
 from pallas_kernels import forward_sm100
 from pallas_kernels.attention_config import forward_config
+from pallas_kernels.forward_roles_sm100 import ForwardKernel
 from pallas_kernels.proof.interpret import params
 
 
@@ -126,5 +127,5 @@ def compiled(
 
 def faulty(*, fault, **arguments):
     """The figures of `accuracy` of a kernel without one piece of its synchronisation."""
-    with without(fault, forward_sm100._Call):
+    with without(fault, ForwardKernel):
         return accuracy(**arguments)

@@ -13,6 +13,7 @@ from pallas_kernels.attention_config import (
     forward_config,
     paired,
 )
+from pallas_kernels.forward_roles_sm100 import ForwardKernel
 from pallas_kernels.forward_schedule import Schedule
 
 
@@ -82,7 +83,7 @@ def test_budgets_are_those_of_the_buffers_that_the_kernel_allocates(head_dim, ov
         window=None,
         has_bounds=False,
     )
-    call = forward_sm100._Call(
+    call = ForwardKernel(
         config=config,
         schedule=schedule,
         head_dim=head_dim,

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from pallas_kernels import reference
-from pallas_kernels.combine import LOG2_E, combine
+from pallas_kernels.combine import combine
 from pallas_kernels.decode_rows import kernels
+from pallas_kernels.exp2 import LOG2_E
 
 B, T, N, K, S, H, J = 3, 5, 6, 2, 80, 8, 3
 SCALE = 0.4

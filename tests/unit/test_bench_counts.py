@@ -26,7 +26,9 @@ from ssd_jax.generation import generate
 from ssd_jax.placement import place_model
 from ssd_jax.sampling_params import SamplingParams
 
-pytestmark = pytest.mark.skipif(jax.default_backend() != "cpu", reason="counts events of the CPU's")
+pytestmark = pytest.mark.skipif(
+    jax.default_backend() != "cpu", reason="the limits are of the CPU client"
+)
 
 DRAFT_LEN = 3
 WIDE = dataclasses.replace(
