@@ -16,7 +16,7 @@ from jax._src import xla_bridge
 
 from ssd_jax.errors import ConfigError
 
-_NAME = "cpu_draft"
+_NAME = "cpu_draft"  # the number of its cores and of the target's follow
 
 
 def can_split_cpu() -> bool:
@@ -29,9 +29,19 @@ def can_split_cpu() -> bool:
 
 def draft_cpu() -> jax.Device | None:
     """The device that `split_cpu` made for the draft, None if it was not called."""
-    if _NAME not in xla_bridge.backends():
-        return None
-    return jax.devices(_NAME)[0]
+    names = [name for name in xla_bridge.backends() if name.startswith(_NAME)]
+    return jax.devices(names[0])[0] if names else None
+
+
+def computes_on_one_thread() -> bool:
+    """Whether every CPU device of this process has a single thread to compute with."""
+    for name in xla_bridge.backends():
+        if name.startswith(_NAME):
+            return name.endswith("_1_1")
+    threads = os.environ.get("NPROC") or (os.cpu_count() or 1)
+    if hasattr(os, "sched_getaffinity"):
+        threads = min(int(threads), len(os.sched_getaffinity(0)))
+    return int(threads) == 1
 
 
 def _has_accelerator_plugin() -> bool:
@@ -59,16 +69,17 @@ def split_cpu(num_draft_cores: int = 1) -> tuple[jax.Device, jax.Device]:
     if xla_bridge.backends_are_initialized():
         raise ConfigError("Splitting the CPU must come before JAX runs anything: call it first.")
     target_cores, draft_cores = cores[:-num_draft_cores], cores[-num_draft_cores:]
+    name = f"{_NAME}_{len(draft_cores)}_{len(target_cores)}"
 
     def make_draft_client() -> Any:  # noqa: ANN401 (JAX's type is private)
         with _only_cores(draft_cores):
             return xla_bridge.make_cpu_client()
 
     if jax.config.jax_platforms:  # where some are named, JAX makes clients of no others
-        jax.config.update("jax_platforms", f"{jax.config.jax_platforms},{_NAME}")
-    xla_bridge.register_backend_factory(_NAME, make_draft_client, priority=-100, fail_quietly=False)
+        jax.config.update("jax_platforms", f"{jax.config.jax_platforms},{name}")
+    xla_bridge.register_backend_factory(name, make_draft_client, priority=-100, fail_quietly=False)
     with _only_cores(target_cores):  # JAX makes all clients at the first use of any
-        devices = jax.devices("cpu")[0], jax.devices(_NAME)[0]
+        devices = jax.devices("cpu")[0], jax.devices(name)[0]
     os.sched_setaffinity(0, draft_cores)
     return devices
 

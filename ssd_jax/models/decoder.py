@@ -8,11 +8,12 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, DTypeLike, Float, Int
+from jaxtyping import Array, Float, Int
 
 from ssd_jax.attention import attend
 from ssd_jax.config import ModelConfig
 from ssd_jax.kv_cache import write_slots
+from ssd_jax.models.products import multiply, project
 from ssd_jax.models.rope import apply_rope, rope_angles
 from ssd_jax.types import KVCache, LayerParams, ModelParams
 
@@ -48,8 +49,8 @@ def forward(
 def compute_logits(params: ModelParams, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
     """Next-token logits of the given hidden states, float32."""
     if params.lm_head is None:
-        return project("btd,vd->btv", hidden, params.embedding, dtype=jnp.float32)
-    return project("btd,dv->btv", hidden, params.lm_head, dtype=jnp.float32)
+        return multiply(hidden, params.embedding.T, jnp.float32)
+    return project(hidden, params.lm_head, dtype=jnp.float32)
 
 
 def attention_block(
@@ -82,7 +83,7 @@ def project_qkv(
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
     """Queries and keys (normalised where the family does so, rotated) and values."""
     normed = rms_norm(x, layer.attention_norm, config.rms_norm_eps)
-    fused = project("btd,dkgh->btkgh", normed, layer.qkv, layer.qkv_bias)
+    fused = project(normed, layer.qkv, layer.qkv_bias)
     query, key, value = jnp.split(fused, [config.queries_per_kv, config.queries_per_kv + 1], axis=3)
     if layer.query_norm is not None and layer.key_norm is not None:
         query = rms_norm(query, layer.query_norm, config.rms_norm_eps)
@@ -100,7 +101,7 @@ def project_output(
     # Two dimensions only: over three contracted ones XLA rearranges the weights at every product.
     rows = attended.reshape(*attended.shape[:2], -1)
     weights = layer.output.reshape(-1, config.hidden_size)
-    return project("bti,id->btd", rows, weights, layer.output_bias)
+    return project(rows, weights, layer.output_bias)
 
 
 def mlp_block(
@@ -108,9 +109,9 @@ def mlp_block(
 ) -> Float[Array, "B T D"]:
     """What the gated feed-forward network adds to the residual stream."""
     normed = rms_norm(x, layer.mlp_norm, config.rms_norm_eps)
-    gate_up = project("btd,dcf->btcf", normed, layer.gate_up, layer.gate_up_bias)
+    gate_up = project(normed, layer.gate_up, layer.gate_up_bias)
     gated = jax.nn.silu(gate_up[:, :, 0]) * gate_up[:, :, 1]
-    return project("btf,fd->btd", gated, layer.down, layer.down_bias)
+    return project(gated, layer.down, layer.down_bias)
 
 
 def rms_norm(x: Float[Array, "*B C"], scale: Float[Array, "C"], eps: float) -> Float[Array, "*B C"]:
@@ -118,22 +119,3 @@ def rms_norm(x: Float[Array, "*B C"], scale: Float[Array, "C"], eps: float) -> F
     wide = x.astype(jnp.float32)
     wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
     return wide.astype(x.dtype) * scale
-
-
-def project(
-    equation: str,
-    x: Array,
-    weights: Array,
-    bias: Array | None = None,
-    dtype: DTypeLike | None = None,
-) -> Array:
-    """einsum(equation, x, weights) + bias, in x's dtype unless told; sums are float32 inside XLA.
-
-    A single bfloat16 row is computed as two equal ones: XLA's CPU backend converts the whole weight
-    matrix to float32 for a one-row product (2.3 times slower), and nothing changes elsewhere.
-    """
-    one_row = x.dtype == jnp.bfloat16 and x.shape[0] * x.shape[1] == 1
-    rows = jnp.concatenate([x, x], axis=1) if one_row else x
-    y = jnp.einsum(equation, rows, weights, preferred_element_type=dtype)
-    y = y[:, :1] if one_row else y
-    return y if bias is None else y + bias

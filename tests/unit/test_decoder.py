@@ -7,7 +7,7 @@ import pytest
 from tiny_models import CONFIGS, FAMILY_NAMES, prompt_ids, reference_frequencies, tiny
 
 from ssd_jax.kv_cache import init_cache
-from ssd_jax.models.decoder import compute_logits, forward, project, rms_norm
+from ssd_jax.models.decoder import compute_logits, forward, rms_norm
 from ssd_jax.models.rope import apply_rope, inverse_frequencies, rope_angles
 
 TEXT, SLOTS = 24, 32
@@ -107,22 +107,6 @@ def test_bfloat16_is_near_float32(name):
     wide, low = feed(name, [text], TEXT), feed(name, [text], TEXT, jnp.bfloat16)
     assert low.dtype == np.float32
     assert np.sqrt(np.mean((low - wide) ** 2)) < 0.05 * wide.std()
-
-
-@pytest.mark.parametrize("bias", [False, True])
-def test_one_bfloat16_row_is_computed_as_if_it_were_two(bias):
-    rng = np.random.default_rng(0)
-    x, weights, offset = (
-        jnp.asarray(rng.standard_normal(shape), jnp.bfloat16)
-        for shape in ((1, 1, 32), (32, 48), 48)
-    )
-    offset = offset if bias else None
-    compute = jax.jit(project, static_argnums=0)
-    one = compute("btd,df->btf", x, weights, offset)
-    two = compute("btd,df->btf", jnp.concatenate([x, x]), weights, offset)
-    assert one.shape == (1, 1, 48)
-    np.testing.assert_array_equal(one[0], two[0])
-    np.testing.assert_array_equal(two[0], two[1])
 
 
 def test_decoding_one_bfloat16_row_gives_what_two_rows_give():
