@@ -6,11 +6,9 @@ from typing import Any
 
 from bench.methods import BenchMethod
 from bench.prompt_sets import RANDOM, fingerprint
-from bench.record import SCHEMA, environment, read_record, require_run
+from bench.record import SCHEMA, begin_or_resume
 from bench.workloads import Workload
 from ssd_jax.errors import RequestError
-
-_SAME_MACHINE = ("commit", "jax", "platform", "device_kind", "cpus")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,38 +107,6 @@ def open_record(plan: Plan, path: Path | None) -> dict[str, Any]:
         RequestError: the file holds something else, or measurements of another plan, commit or
             machine.
     """
-    planned = _as_json(dataclasses.asdict(plan))
-    here = environment()
-    if path is None or not path.exists():
-        return {
-            "kind": "run",
-            "schema": SCHEMA,
-            "complete": False,
-            "environment": here,
-            "sittings": [here["date"]],
-            "plan": planned,
-            "cells": [],
-        }
-    record = read_record(path)
-    require_run(record, path)
-    for what, before, now in (
-        *((name, record["plan"].get(name), planned[name]) for name in planned),
-        *((name, record["environment"].get(name), here[name]) for name in _SAME_MACHINE),
-    ):
-        if before != now:
-            raise RequestError(
-                f"{path} holds a run with {what} {before!r}, which cannot go on with {now!r}: give "
-                "--out another file, or delete this one."
-            )
-    if not record["complete"]:
-        record["sittings"].append(here["date"])
+    record = begin_or_resume("run", SCHEMA, dataclasses.asdict(plan), path)
+    record.setdefault("cells", [])
     return record
-
-
-def _as_json(value: Any) -> Any:  # noqa: ANN401
-    """The value as it comes back from a JSON file."""
-    if isinstance(value, dict):
-        return {name: _as_json(entry) for name, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_as_json(entry) for entry in value]
-    return value

@@ -13,10 +13,11 @@ from typing import Any
 
 import jax
 
-from ssd_jax.errors import RequestError
+from ssd_jax.errors import ConfigError, RequestError
 from ssd_jax.whole_file import write_whole
 
 SCHEMA = 2  # of the records of `ssd-jax bench run`; raised when a field changes its meaning
+_SAME_MACHINE = ("commit", "jax", "platform", "device_kind", "cpus")
 
 
 def environment() -> dict[str, object]:
@@ -50,6 +51,69 @@ def write_record(record: dict[str, object], path: Path | None) -> None:
     write_whole(path, text.encode())
 
 
+def save_progress(record: dict[str, object], path: Path | None) -> None:
+    """Write an incomplete record, if there is a file for it.
+
+    Raises:
+        ConfigError: the file cannot be written; it then holds what it held before.
+    """
+    if path is None:
+        return
+    try:
+        write_record(record, path)
+    except ConfigError as error:
+        raise ConfigError(
+            f"{error} What was measured before is in it; once it can be written, the same command "
+            "goes on from there."
+        ) from error
+
+
+def begin_or_resume(
+    kind: str, schema: int, planned: dict[str, Any], path: Path | None
+) -> dict[str, Any]:
+    """The record to write into: the one in the file if it is of the same plan, else a new one.
+
+    `planned` is what the record shall say of the plan.
+
+    Raises:
+        RequestError: the file holds something else, or measurements of another plan, commit or
+            machine.
+    """
+    planned, here = _as_json(planned), environment()
+    if path is None or not path.exists():
+        return {
+            "kind": kind,
+            "schema": schema,
+            "complete": False,
+            "environment": here,
+            "sittings": [here["date"]],
+            "plan": planned,
+        }
+    record = read_record(path)
+    require_kind(record, path, kind, schema)
+    for what, before, now in (
+        *((name, record["plan"].get(name), planned[name]) for name in planned),
+        *((name, record["environment"].get(name), here[name]) for name in _SAME_MACHINE),
+    ):
+        refuse_other(path, what, before, now)
+    if not record["complete"]:
+        record["sittings"].append(here["date"])
+    return record
+
+
+def refuse_other(path: Path, what: str, before: object, now: object) -> None:
+    """Refuse to go on with a record under other conditions.
+
+    Raises:
+        RequestError: naming what is not as it was.
+    """
+    if before != now:
+        raise RequestError(
+            f"{path} holds a run with {what} {before!r}, which cannot go on with {now!r}: give "
+            "--out another file, or delete this one."
+        )
+
+
 def read_record(path: Path) -> dict[str, Any]:
     """A record as it was written.
 
@@ -76,16 +140,34 @@ def require_run(record: dict[str, Any], path: Path) -> None:
     Raises:
         RequestError: naming what it is instead.
     """
-    if record.get("kind") != "run":
+    require_kind(record, path, "run", SCHEMA)
+
+
+def require_kind(record: dict[str, Any], path: Path, kind: str, schema: int) -> None:
+    """Refuse what is not a record of `bench KIND` in that schema.
+
+    Raises:
+        RequestError: naming what it is instead.
+    """
+    if record.get("kind") != kind:
         raise RequestError(
-            f"{path} should be a record of `ssd-jax bench run`, got one of kind "
+            f"{path} should be a record of `ssd-jax bench {kind}`, got one of kind "
             f"{record.get('kind')!r}: name another file."
         )
-    if record["schema"] != SCHEMA:
+    if record["schema"] != schema:
         raise RequestError(
-            f"{path} should have schema {SCHEMA}, got {record['schema']!r}: it was written by "
+            f"{path} should have schema {schema}, got {record['schema']!r}: it was written by "
             "another version of the benchmark, so measure again into another file."
         )
+
+
+def _as_json(value: Any) -> Any:  # noqa: ANN401
+    """The value as it comes back from a JSON file."""
+    if isinstance(value, dict):
+        return {name: _as_json(entry) for name, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_as_json(entry) for entry in value]
+    return value
 
 
 def _commit() -> str | None:

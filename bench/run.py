@@ -25,7 +25,7 @@ from bench.methods import DEFAULT_METHODS, BenchMethod, expand_grid, parse_metho
 from bench.padding import add_idle_layers
 from bench.plan import Plan, describe_workload, open_record, refuse_guesses
 from bench.prompt_sets import open_workload
-from bench.record import write_record
+from bench.record import save_progress, write_record
 from bench.screening import Prompt, choose_prompts
 from bench.workloads import Workload
 from ssd_jax import SSD, Model, load_model, place_model, split_cpu
@@ -33,7 +33,7 @@ from ssd_jax.cli.environment import use_compilation_cache
 from ssd_jax.cli.flags import add_device_flags, add_model_flags
 from ssd_jax.cli.parser import number, whole_number
 from ssd_jax.engine.speculation import check_pair
-from ssd_jax.errors import ConfigError, RequestError
+from ssd_jax.errors import RequestError
 from ssd_jax.model import demo_folder
 
 DEFAULT_WORKLOADS = ("code", "math", "chat", "copy-heavy")
@@ -152,7 +152,7 @@ def measure(
         progress.update(bar, advance=(num_units - len(batches) + len(known["units"])) * per_unit)
         _measure_cell(plan, target, prepared, batches, known, record, out, tell)
     record["complete"] = True
-    _save(record, out)
+    save_progress(record, out)
 
 
 def _measure_cell(
@@ -187,19 +187,7 @@ def _measure_cell(
         for method in methods:
             if method.round_times is not None:
                 cell["methods"][method.name]["round_times_s"] = method.round_times.seconds
-        _save(record, out)
-
-
-def _save(record: dict[str, Any], out: Path | None) -> None:
-    if out is None:
-        return
-    try:
-        write_record(record, out)
-    except ConfigError as error:
-        raise ConfigError(
-            f"{error} What was measured before is in it; once it can be written, the same command "
-            "goes on from there."
-        ) from error
+        save_progress(record, out)
 
 
 def _cells(

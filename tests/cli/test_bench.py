@@ -4,6 +4,7 @@ import sys
 import pytest
 from bench_cases import TIMELINE, fake_unit
 
+import bench.record
 import bench.run
 from ssd_jax.errors import ConfigError
 
@@ -120,14 +121,14 @@ def test_an_interrupted_run_goes_on_where_it_stopped(bench_run, measured, monkey
 def test_a_full_disk_is_told_and_leaves_what_was_measured(
     bench_run, measured, monkeypatch, tmp_path
 ):
-    path, real = tmp_path / "run.json", bench.run.write_record
+    path, real = tmp_path / "run.json", bench.record.write_record
 
     def full(record, path):
         if record["cells"] and len(record["cells"][0]["units"]) == 2:
             raise ConfigError(f"{path} cannot be written (No space left on device).")
         real(record, path)
 
-    monkeypatch.setattr(bench.run, "write_record", full)
+    monkeypatch.setattr(bench.record, "write_record", full)
     outcome = bench_run("--out", path, "--quiet")
     assert outcome.code == 2
     assert "No space left on device" in outcome.err
