@@ -8,6 +8,7 @@ Python with `gguf`. Needs `uv`; llama.cpp also a C++ compiler, and minutes.
 """
 
 import argparse
+import collections
 import dataclasses
 import os
 import shutil
@@ -36,6 +37,9 @@ CMAKE_OPTIONS = (
     "-DLLAMA_BUILD_UI=OFF",
     "-DLLAMA_USE_PREBUILT_UI=OFF",
 )
+# The server is linked with a library for images and sound, which text never runs: it is compiled
+# without optimisation, all else as the sources have it.
+UNUSED_CMAKE = "cmake_language(DEFER CALL target_compile_options mtmd PRIVATE -O0)\n"
 NAMES = ("transformers", "llama.cpp")
 
 
@@ -84,76 +88,121 @@ def missing(name: str, where: Places) -> str | None:
     return None
 
 
-def make(name: str, folder: Path, pip_options: Sequence[str] = (), jobs: int = 2) -> None:
-    """Make one peer's environment in the folder.
+def make(name: str, folder: Path, pip_options: Sequence[str] = (), jobs: int = 0) -> None:
+    """Make one peer's environment in the folder, where each part appears once it is whole.
+
+    `jobs` is how many compilers run at once, 0 as many as there are cores.
 
     Raises:
-        PeerError: a step failed, with the end of what it printed.
+        PeerError: a tool is absent or a step failed, with the end of what it printed.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    where = places(folder)
-    if name == "transformers":
-        _environment(where.transformers, "3.11", TRANSFORMERS_PACKAGES, pip_options)
-    elif name == "llama.cpp":
-        _environment(where.gguf, "3.12", EXPORT_PACKAGES, pip_options)
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".build-") as scratch:
-            _build_llama_cpp(Path(scratch), where.llama_server, pip_options, jobs)
-    else:
+    if name not in NAMES:
         raise PeerError(f"Environments can be made of {', '.join(NAMES)}; got {name!r}.")
+    where = places(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".making-") as scratch:
+            if name == "transformers":
+                packages = TRANSFORMERS_PACKAGES
+                _environment(where.transformers, "3.11", packages, pip_options, Path(scratch))
+            else:
+                _find_compiler()
+                _environment(where.gguf, "3.12", EXPORT_PACKAGES, pip_options, Path(scratch))
+                _build_llama_cpp(Path(scratch), where.llama_server, pip_options, jobs)
+    except OSError as error:
+        raise PeerError(f"Making {name} in {folder} failed: {error}.") from error
 
 
 def _environment(
-    python: Path, version: str, packages: Sequence[str], pip_options: Sequence[str]
+    python: Path,
+    version: str,
+    packages: Sequence[str],
+    pip_options: Sequence[str],
+    scratch: Path,
 ) -> None:
-    """A virtual environment with pip and these packages."""
+    """A virtual environment with pip and these packages, whose Python is `python`."""
     uv = shutil.which("uv")
     if uv is None:
         raise PeerError("Making an environment needs uv, which is not there: pip install uv.")
-    root = str(python.parents[1])
-    _step([uv, "venv", "--quiet", "--no-project", "--seed", "--clear", "--python", version, root])
-    _step([str(python), "-m", "pip", "install", "--quiet", *pip_options, *packages])
+    root = python.parents[1]
+    made = scratch / root.name
+    venv = [uv, "venv", "--quiet", "--no-project", "--seed", "--python", version, str(made)]
+    _step(f"making an environment of Python {version}", venv)
+    pip = [str(made / "bin" / "python"), "-m", "pip", "install", "--quiet", *pip_options, *packages]
+    _step(f"installing {', '.join(packages)} with pip", pip)
+    if made != root:
+        shutil.rmtree(root, ignore_errors=True)
+        made.rename(root)
+
+
+def _find_compiler() -> None:
+    """Refuse to begin what would fail in minutes."""
+    named = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+    if not any(map(shutil.which, named)):
+        raise PeerError(
+            f"Building llama.cpp needs a C++ compiler, but there is no {' or '.join(named)}: "
+            "install one, or name a program with --llama-server."
+        )
 
 
 def _build_llama_cpp(scratch: Path, server: Path, pip_options: Sequence[str], jobs: int) -> None:
     """Fetch the sources, build the server alone, and move it to its place."""
     python = scratch / "tools" / "bin" / "python"
-    _environment(python, "3.12", BUILD_PACKAGES, pip_options)
+    _environment(python, "3.12", BUILD_PACKAGES, pip_options, scratch)
     # pip reads a source package's metadata by its build tools, which are in this environment.
+    package, _, _ = LLAMA_CPP_SOURCE.partition("==")
     fetch = [str(python), "-m", "pip", "download", "--quiet", "--no-deps", "--no-build-isolation"]
-    fetch += [
-        "--no-binary",
-        "llama-cpp-python",
-        "--dest",
-        str(scratch),
-        *pip_options,
-        LLAMA_CPP_SOURCE,
-    ]
+    fetch += ["--no-binary", package, "--dest", str(scratch), *pip_options, LLAMA_CPP_SOURCE]
     tools = {**os.environ, "PATH": os.pathsep.join([str(python.parent), os.environ["PATH"]])}
-    _step(fetch, tools)
+    _step(f"fetching the sources of {LLAMA_CPP_SOURCE} with pip", fetch, tools)
     (archive,) = scratch.glob("*.tar.gz")
     with tarfile.open(archive) as sources:
         sources.extractall(scratch, filter="data")
     (tree,) = scratch.glob("*/vendor/llama.cpp")
-    build = scratch / "build"
-    cmake = str(python.parent / "cmake")
-    _step([cmake, "-G", "Ninja", "-S", str(tree), "-B", str(build), *CMAKE_OPTIONS], tools)
-    target = ["--target", "llama-server", "--parallel", str(jobs)]
-    _step([cmake, "--build", str(build), *target], tools)
+    (scratch / "unused.cmake").write_text(UNUSED_CMAKE, encoding="utf-8")
+    build, cmake = scratch / "build", str(python.parent / "cmake")
+    configure = [cmake, "-G", "Ninja", "-S", str(tree), "-B", str(build), *CMAKE_OPTIONS]
+    configure.append(f"-DCMAKE_PROJECT_llama.cpp_INCLUDE={scratch / 'unused.cmake'}")
+    _step("configuring llama.cpp with cmake", configure, tools)
+    compilers = str(jobs or num_cores())
+    compile_all = [cmake, "--build", str(build), "--target", "llama-server", "--parallel"]
+    _step("building llama-server", [*compile_all, compilers], tools)
     shutil.move(build / "bin" / "llama-server", server)
 
 
-def _step(command: Sequence[str], environment: dict[str, str] | None = None) -> None:
-    """Run a command, shown on stderr; PeerError if it fails."""
-    print("+", *command, file=sys.stderr)
+def num_cores() -> int:
+    """Processor cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _step(what: str, command: Sequence[str], environment: dict[str, str] | None = None) -> None:
+    """Run a command; it and what it prints are shown on stderr. PeerError if it fails."""
+    print("+", *command, file=sys.stderr, flush=True)
     try:
-        done = subprocess.run(
-            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        process = subprocess.Popen(
+            command,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
         )
     except OSError as error:
-        raise PeerError(f"{command[0]} cannot be run ({error.strerror}): install it.") from error
-    if done.returncode:
-        said = " / ".join(done.stdout.strip().splitlines()[-LAST_LINES:])
-        raise PeerError(f"`{' '.join(command)}` failed with code {done.returncode}: {said}")
+        raise PeerError(
+            f"{command[0]}, needed for {what}, cannot be run ({error.strerror}): install it."
+        ) from error
+    last: collections.deque[str] = collections.deque(maxlen=LAST_LINES)
+    with process:
+        for line in process.stdout or ():
+            print(line, end="", file=sys.stderr, flush=True)
+            if line.strip():
+                last.append(line.strip())
+    if process.returncode:
+        said = " / ".join(last) or "it printed nothing"
+        hint = " (is there a network, or an index that pip knows?)" if "with pip" in what else ""
+        raise PeerError(f"{what} failed with code {process.returncode}{hint}: {said}")
 
 
 def main() -> int:
@@ -161,13 +210,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Make the environments of peers.")
     parser.add_argument("names", nargs="+", choices=NAMES)
     parser.add_argument("--into", type=Path, default=default_folder(), help="folder (user's cache)")
-    parser.add_argument("--jobs", type=int, default=2, help="compilers at once (2)")
+    parser.add_argument("--jobs", type=int, default=0, help="compilers at once (as many as cores)")
     parser.add_argument("--pip-option", action="append", default=[], help="passed to pip")
     args = parser.parse_args()
     try:
         for name in args.names:
             make(name, args.into, args.pip_option, args.jobs)
-    except (PeerError, OSError) as error:
+    except PeerError as error:
         print(f"environments: {error}", file=sys.stderr)
         return 2
     return 0
