@@ -6,9 +6,11 @@
 
 All run on the same cores with as many threads, in the same precision, and give as many tokens,
 greedily; prompts go as token ids. They take turns on each prompt, and outputs are compared with
-those of our plain decoding. A peer whose environment is not there is named and skipped; `python -m
-bench.peers.environments` makes them. For the names of contenders see `contenders.py`; each tells
-tokens per second after the first tokens ("decode") apart from the time until these ("first").
+those of our plain decoding. A peer whose environment is not there is named and skipped; --make or
+`python -m bench.peers.environments` makes them. For the names of contenders see `contenders.py`;
+each tells tokens per second after the first tokens ("decode") apart from the time until these
+("first"). A record with --out is written after every prompt; the same command goes on where it
+stopped. `ssd-jax bench report` makes a table of it.
 """
 
 import argparse
@@ -17,31 +19,41 @@ import dataclasses
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from bench.peers.client import Peer, PeerError, module_command
-from bench.peers.contenders import MODES, OURS, SERVER, choose_contenders
-from bench.peers.environments import NAMES, Places, default_folder, make, missing, places
+from bench.peers.client import Peer, PeerError
+from bench.peers.contenders import MODES, OURS, Contender, choose_contenders
+from bench.peers.environments import default_folder
 from bench.peers.protocol import Load
+from bench.peers.starting import make_missing, say, start
 from ssd_jax.errors import RequestError, SsdJaxError
-
-SCHEMA = 1  # of the record; raised when a field changes its meaning
-RANDOM_PROMPT_TOKENS = 8
+from ssd_jax.text.prompt_file import read_prompts
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Compare what the command line asks for; the exit code."""
     args = parse_arguments(arguments)
     try:
-        from bench.record import write_record
-
+        contenders = choose_contenders(args.peers, args.contenders, plain_only=args.random_model)
+        texts = () if args.random_model else read_prompts(args.prompts)
+        for option in ("num_prompts", "max_tokens", "rounds"):
+            if getattr(args, option) < 1:
+                flag = "--" + option.replace("_", "-")
+                raise RequestError(f"{flag} must be at least 1, got {getattr(args, option)}.")
+        # On all cores, while there are all.
+        unmade = make_missing(args, {one.peer for one in contenders}) if args.make else {}
         cores = use_cores(args.threads)
         with tempfile.TemporaryDirectory(prefix="ssd-jax-peers-") as work:
-            write_record(run(args, cores, Path(work)), args.out)
+            run(args, contenders, texts, unmade, len(cores), Path(work))
     except SsdJaxError as error:
         print(f"bench.peers: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        if args.out is not None and args.out.exists():
+            print(f"\nInterrupted: the same command goes on with {args.out}.", file=sys.stderr)
+        raise
     return 0
 
 
@@ -101,140 +113,106 @@ def use_cores(threads: int) -> list[int]:
     return available[:threads]
 
 
-def run(args: argparse.Namespace, cores: list[int], work: Path) -> dict[str, object]:
-    """The record of one comparison."""
+def run(
+    args: argparse.Namespace,
+    contenders: Sequence[Contender],
+    texts: Sequence[str],
+    unmade: Mapping[str, str],
+    threads: int,
+    work: Path,
+) -> None:
+    """Compare, and write the record after every prompt.
+
+    `unmade` are peers whose environments could not be made, and why.
+    """
     # After the cores are chosen: JAX looks at them when it is imported.
-    import numpy as np
+    from bench.peers.compare import measure
+    from bench.peers.inputs import open_inputs
+    from bench.peers.resuming import Plan, add_results, fingerprint, open_record, read_results
+    from bench.record import save_progress, write_record
 
-    from bench.peers.compare import measure, summarise
-    from bench.peers.weights import RANDOM_60M, Pair, hf_folder, random_folder
-    from bench.record import environment
-    from ssd_jax.checkpointing.load import read_config
-    from ssd_jax.model import demo_folder
-    from ssd_jax.text import load_tokenizer
-    from ssd_jax.text.prompt_file import read_prompts
-
-    for option in ("num_prompts", "max_tokens", "rounds"):
-        if getattr(args, option) < 1:
-            flag = "--" + option.replace("_", "-")
-            raise RequestError(f"{flag} must be at least 1, got {getattr(args, option)}.")
-    contenders = choose_contenders(args.peers, args.contenders, plain_only=args.random_model)
-    if args.random_model:
-        pair = Pair(target=random_folder(RANDOM_60M, work), draft=None)
-        random = np.random.default_rng(0)
-        shape = (args.num_prompts, RANDOM_PROMPT_TOKENS)
-        prompts = random.integers(RANDOM_60M.vocab_size, size=shape).tolist()
-        tokenizer, config = None, RANDOM_60M
-    else:
-        pair = Pair(
-            target=hf_folder(args.model or demo_folder("target"), work),
-            draft=hf_folder(args.draft_model or demo_folder("draft"), work),
-        )
-        tokenizer, config = load_tokenizer(pair.target), read_config(pair.target)
-        texts = read_prompts(args.prompts)
-        encoded = [tokenizer.encode(prompt) for prompt in texts]
-        fitting = [ids for ids in encoded if len(ids) + args.max_tokens <= config.max_context]
-        prompts = fitting[: args.num_prompts]
-    if not prompts:
-        raise RequestError(
-            f"No prompt of {args.prompts} fits {config.max_context} tokens with {args.max_tokens} "
-            "for the answer: lower --max-tokens or choose other prompts."
-        )
-    context = max(map(len, prompts)) + args.max_tokens + 64  # drafts reach beyond the end
-    load = Load(
-        target=str(pair.target),
-        draft=None if pair.draft is None else str(pair.draft),
+    inputs = open_inputs(args, texts, work)
+    prompts = inputs.prompts
+    plan = Plan(
+        model="random" if args.random_model else str(args.model or "demo"),
+        draft_model=None if args.random_model else str(args.draft_model or "demo"),
+        contenders=tuple(one.name for one in contenders),
+        prompts="random ids" if args.random_model else args.prompts.name,
+        prompts_sha256=fingerprint(prompts),
+        num_prompts=len(prompts),
+        max_tokens=args.max_tokens,
+        rounds=args.rounds,
         dtype=args.dtype,
-        threads=len(cores),
-        context=context,
+        threads=threads,
+        server=args.server,
     )
-    versions: dict[str, dict[str, str]] = {}
-    skipped: dict[str, str] = {}
+    record = open_record(plan, args.out)
+    if record["complete"]:
+        say(f"{args.out} holds the whole run already.")
+        return
+    record["target_parameters"] = inputs.num_params
+    if args.out is not None:
+        write_record(record, args.out)  # what cannot be written is noticed now
+    load = Load(
+        target=str(inputs.target),
+        draft=None if inputs.draft is None else str(inputs.draft),
+        dtype=args.dtype,
+        threads=threads,
+        context=max(map(len, prompts)) + args.max_tokens + 64,  # drafts reach beyond the end
+    )
     with contextlib.ExitStack() as stack:
-        peers: dict[str, Peer] = {}
-        for name in dict.fromkeys(one.peer for one in contenders):
-            try:
-                peer, own_load = start(name, args, load, work)
-                peers[name] = stack.enter_context(peer)
-                versions[name] = dataclasses.asdict(peer.load(own_load))["versions"]
-            except PeerError as error:
-                if name == OURS:
-                    raise
-                peers.pop(name, None)
-                skipped[name] = str(error)
-                say(f"{name} is skipped: {error}")
-        present = [one for one in contenders if one.peer in peers]
-        results = measure(peers, present, prompts, args.max_tokens, args.rounds, say)
-    decode_text = None if tokenizer is None else tokenizer.decode
-    return {
-        "schema": SCHEMA,
-        "kind": "peers",
-        "environment": environment(),
-        "threads": len(cores),
-        "dtype": args.dtype,
-        "target_parameters": config.num_params,
-        "prompts": {
-            "source": "random ids" if args.random_model else args.prompts.name,
-            "number": len(prompts),
-            "mean_tokens": sum(map(len, prompts)) / len(prompts),
-        },
-        "max_tokens": args.max_tokens,
-        "rounds": args.rounds,
-        "versions": versions,
-        "skipped": skipped,
-        **summarise(results, decode_text),
-    }
+        known = read_results(record, contenders)
+        names = dict.fromkeys(one.peer for one in known.turns)
+        peers = _start_all(names, args, unmade, load, work, record, stack)
+        turns = {one: done for one, done in known.turns.items() if one.peer in peers}
+        known = dataclasses.replace(known, turns=turns)
+        for results in measure(peers, known, prompts, args.max_tokens, args.rounds, say):
+            add_results(record, results, prompts, inputs.decode_text)
+            save_progress(record, args.out)
+    if args.out is None:
+        write_record(record, None)
 
 
-def start(name: str, args: argparse.Namespace, load: Load, work: Path) -> tuple[Peer, Load]:
-    """A peer's process, and its own way to be told of the models.
+def _start_all(
+    names: Iterable[str],
+    args: argparse.Namespace,
+    unmade: Mapping[str, str],
+    load: Load,
+    work: Path,
+    record: dict[str, Any],
+    stack: contextlib.ExitStack,
+) -> dict[str, Peer]:
+    """The peers that are there, with their models loaded; the record names the others.
 
     Raises:
-        PeerError: it is not there, and why.
+        PeerError: ours does not start.
+        RequestError: the record holds answers of one that does not start, or of another version.
     """
-    where = _places(args)
-    if name in NAMES and (reason := missing(name, where)):
-        if not args.make:
-            raise PeerError(f"{reason}.")
-        make(name, args.environments)
-        where = _places(args)
-    log = work / f"{name}.log"
-    match name:
-        case "transformers":
-            return Peer(name, module_command(where.transformers, "transformers_peer"), log), load
-        case "llama.cpp":
-            from bench.peers.weights import gguf_file
+    from bench.peers.resuming import refuse_other_versions
 
-            files = {"target": load.target, "draft": load.draft}
-            made = {
-                role: str(gguf_file(Path(folder), work / f"{role}.gguf", load.dtype, where.gguf))
-                for role, folder in files.items()
-                if folder is not None
-            }
-            command = module_command(None, "llama_cpp_peer", str(where.llama_server))
-            return Peer(name, command, log), dataclasses.replace(load, **made)
-        case _ if name == SERVER:
-            if args.server is None:
-                raise PeerError("no address: give one with --server.")
-            address = dataclasses.replace(load, target=args.server)
-            return Peer(name, module_command(None, "openai_peer"), log), address
-        case _:
-            return Peer(name, module_command(None, "ours_peer"), log), load
-
-
-def _places(args: argparse.Namespace) -> Places:
-    """Where programs are, those that the command line names first."""
-    made = places(args.environments)
-    return Places(
-        transformers=args.transformers_python or made.transformers,
-        gguf=args.gguf_python or made.gguf,
-        llama_server=args.llama_server or made.llama_server,
-    )
-
-
-def say(line: str) -> None:
-    """Progress, on stderr."""
-    print(line, file=sys.stderr, flush=True)
+    peers: dict[str, Peer] = {}
+    versions: dict[str, dict[str, str]] = {}
+    for name in names:
+        try:
+            if name in unmade:
+                raise PeerError(unmade[name])
+            peer, own_load = start(name, args, load, work)
+            stack.enter_context(peer)
+            versions[name] = peer.load(own_load).versions
+            peers[name] = peer
+        except PeerError as error:
+            if name == OURS:
+                raise
+            if record["units"]:
+                raise RequestError(
+                    f"{args.out} holds answers of {name}, which cannot go on: {error} Mend that, "
+                    "or give --out another file."
+                ) from error
+            record["skipped"][name] = str(error)
+            say(f"{name} is skipped: {error}")
+    refuse_other_versions(record, versions, args.out)
+    record["versions"].update(versions)
+    return peers
 
 
 if __name__ == "__main__":

@@ -2,11 +2,13 @@
 
 import dataclasses
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from bench.peers.client import Peer, PeerError
 from bench.peers.contenders import BASELINE, OURS, Contender
 from bench.peers.protocol import Answer, Run
+
+CUT_CHARACTER = "\N{REPLACEMENT CHARACTER}"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -15,7 +17,7 @@ class Turns:
 
     Attributes:
         output: the answer of the unmeasured first turn.
-        timed: the answers of the measured turns.
+        timed: the answers of the measured turns, without their tokens and text.
     """
 
     output: Answer
@@ -52,31 +54,36 @@ class Turns:
 class Results:
     """What all contenders did; those that failed are in `failed` alone, with the reason."""
 
-    turns: dict[Contender, list[Turns]]
+    turns: dict[Contender, tuple[Turns, ...]]
     failed: dict[Contender, str]
+
+    @property
+    def num_prompts(self) -> int:
+        """How many prompts were answered by all who are not left out."""
+        return len(next(iter(self.turns.values())))
 
 
 def measure(
     peers: Mapping[str, Peer],
-    contenders: Sequence[Contender],
+    known: Results,
     prompts: Sequence[Sequence[int]],
     max_tokens: int,
     rounds: int,
     progress: Callable[[str], None],
-) -> Results:
-    """Every contender's answers to every prompt, contenders taking turns within each prompt.
+) -> Iterator[Results]:
+    """What is known, with every contender's answers to one more prompt, prompt after prompt.
 
-    Each answers a prompt once unmeasured; that compiles and warms up. A contender that fails, or
-    gives another number of tokens than it was asked for, is left out from there on.
+    Contenders take turns within each prompt. Each answers it once unmeasured; that compiles and
+    warms up. A contender that fails, or gives another number of tokens than it was asked for, is
+    left out from there on.
 
     Raises:
         PeerError: plain decoding of ours failed, which all others are compared with.
     """
-    turns: dict[Contender, list[Turns]] = {contender: [] for contender in contenders}
-    failed: dict[Contender, str] = {}
-    for number, prompt in enumerate(prompts, start=1):
+    for number, prompt in enumerate(prompts[known.num_prompts :], start=known.num_prompts + 1):
         progress(f"prompt {number} of {len(prompts)}")
-        answers: dict[Contender, list[Answer]] = {contender: [] for contender in turns}
+        answers: dict[Contender, list[Answer]] = {contender: [] for contender in known.turns}
+        failed = dict(known.failed)
         for _ in range(rounds + 1):
             for contender in list(answers):
                 try:
@@ -86,12 +93,22 @@ def measure(
                         raise
                     progress(f"{contender.name} left out: {error}")
                     failed[contender] = str(error)
-                    del answers[contender], turns[contender]
+                    del answers[contender]
                 else:
                     answers[contender].append(answer)
-        for contender, (output, *timed) in answers.items():
-            turns[contender].append(Turns(output=output, timed=tuple(timed)))
-    return Results(turns=turns, failed=failed)
+        turns = {
+            contender: (*known.turns[contender], _turns(*given))
+            for contender, given in answers.items()
+        }
+        known = Results(turns=turns, failed=failed)
+        yield known
+
+
+def _turns(output: Answer, *timed: Answer) -> Turns:
+    return Turns(
+        output=output,
+        timed=tuple(dataclasses.replace(answer, tokens=None, text=None) for answer in timed),
+    )
 
 
 def _ask(peer: Peer, contender: Contender, prompt: Sequence[int], max_tokens: int) -> Answer:
@@ -169,7 +186,9 @@ def common_length(
         return _first_difference(answer.tokens, reference.tokens)
     if answer.text is None or reference.tokens is None or decode_text is None:
         return 0  # nothing to compare counts as different
-    return _first_difference(answer.text, decode_text(reference.tokens))
+    # What a cut character at the end becomes, engines decide differently.
+    wanted = decode_text(reference.tokens).rstrip(CUT_CHARACTER)
+    return _first_difference(answer.text.rstrip(CUT_CHARACTER), wanted)
 
 
 def _first_difference[T](one: Sequence[T], other: Sequence[T]) -> int | None:

@@ -1,6 +1,5 @@
 """The same weights for every engine: Hugging Face folders, and GGUF files made of them."""
 
-import dataclasses
 import subprocess
 from pathlib import Path
 from shutil import copyfile
@@ -23,14 +22,6 @@ RANDOM_60M = ModelConfig(
     max_context=4096,
 )
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Pair:
-    """Folders in the Hugging Face layout; no draft means no speculation with a model."""
-
-    target: Path
-    draft: Path | None
 
 
 def hf_folder(folder: Path, work: Path) -> Path:

@@ -1,48 +1,15 @@
 import json
-import sys
-import textwrap
 
 import pytest
+from peer_stubs import stub_peer
 
-from bench.peers import __main__ as command
 from bench.peers.client import Peer, PeerError
-from bench.peers.compare import common_length, measure, summarise
+from bench.peers.compare import Results, common_length, measure, summarise
 from bench.peers.contenders import BASELINE, MODES, choose_contenders, parse_contender
-from bench.peers.environments import make, missing, places
 from bench.peers.protocol import Answer, Load, PeerFailure, Run, number, only_options
 from ssd_jax.errors import RequestError
 
 LOAD = Load(target="t", draft=None, dtype="float32", threads=1, context=64)
-PROGRAM = """
-import sys
-from bench.peers.protocol import Answer, Loaded, PeerFailure, serve
-
-def load(request):
-    print("an engine chats on stdout")
-    return Loaded(versions={"stub": request.target})
-
-def run(request):
-    if request.mode == "refuse":
-        raise PeerFailure("No such mode.")
-    if request.mode == "raise":
-        raise KeyError("weights")
-    if request.mode == "end":
-        sys.exit("out of memory")
-    if request.mode == "hang":
-        sys.stdin.readline()
-    return Answer(
-        tokens=[sum(request.prompt) + i for i in range(request.max_tokens)],
-        first_s=0.5, decode_s=2.0, decode_tokens=request.max_tokens - 1,
-    )
-
-serve(load, run)
-"""
-
-
-def stub_peer(folder, seconds=60.0, program=PROGRAM):
-    path = folder / "stub.py"
-    path.write_text(textwrap.dedent(program))
-    return Peer("stub", [sys.executable, str(path)], folder / "log", seconds=seconds)
 
 
 def request(mode="plain", prompt=(1, 2), max_tokens=3):
@@ -150,15 +117,20 @@ def contenders(*names):
     return [parse_contender(name) for name in names]
 
 
+def measured(peers, names, prompts, max_tokens, rounds, progress=lambda line: None):
+    """What was measured in the end."""
+    nothing = Results(turns=dict.fromkeys(names, ()), failed={})
+    *_, results = measure(peers, nothing, prompts, max_tokens, rounds, progress)
+    return results
+
+
 def test_contenders_take_turns_and_ratios_are_of_medians():
     log = []
     # The first value of each prompt is the unmeasured turn.
     ours = Scripted({"ar": [9.0, 2.0, 4.0, 3.0, 9.0, 1.0, 1.0, 1.0], "draft": [1.0] * 8}, log)
     other = Scripted({"plain": [9.0, 6.0, 6.0, 6.0, 9.0, 4.0, 4.0, 4.0]}, log)
     names = contenders("ours/ar", "llama.cpp/plain", "ours/draft")
-    results = measure(
-        {"ours": ours, "llama.cpp": other}, names, [[1], [2]], 5, 3, progress=lambda line: None
-    )
+    results = measured({"ours": ours, "llama.cpp": other}, names, [[1], [2]], 5, 3)
     modes = [
         (prompt, mode) for prompt in (1, 2) for _ in range(4) for mode in ("ar", "plain", "draft")
     ]
@@ -183,7 +155,7 @@ def test_a_contender_that_breaks_is_left_out_with_its_reason():
     seconds = {"ar": [1.0] * 9, "draft": [1.0] * 9, "ngram": [1.0] * 9}
     ours = Scripted(seconds, log, tokens={"ngram": [1, 2]}, broken=("draft",))
     names = contenders("ours/ar", "ours/draft", "ours/ngram")
-    results = measure({"ours": ours}, names, [[1], [2], [3]], 4, 1, progress=said.append)
+    results = measured({"ours": ours}, names, [[1], [2], [3]], 4, 1, said.append)
     record = summarise(results, None)
     assert list(record["contenders"]) == ["ours/ar"]
     assert "it broke" in record["failed"]["ours/draft"]
@@ -195,7 +167,7 @@ def test_a_contender_that_breaks_is_left_out_with_its_reason():
 def test_without_our_plain_decoding_nothing_is_compared():
     ours = Scripted({"ar": [1.0] * 9}, [], broken=("ar",))
     with pytest.raises(PeerError, match="it broke"):
-        measure({"ours": ours}, [BASELINE], [[2]], 4, 1, progress=lambda line: None)
+        measured({"ours": ours}, [BASELINE], [[2]], 4, 1)
 
 
 def answer(tokens=None, text=None):
@@ -212,93 +184,6 @@ def test_outputs_are_compared_by_token_or_else_by_character():
         return "".join(chr(ord("a") + index) for index in ids)
 
     assert common_length(answer(text="hij"), reference, decode) is None
+    assert common_length(answer(text="hij\ufffd"), reference, decode) is None
     assert common_length(answer(text="hix"), reference, decode) == 2
     assert common_length(answer(text="hij"), reference, None) == 0
-
-
-def test_what_is_missing_is_said_with_what_to_do(tmp_path):
-    reason = missing("llama.cpp", places(tmp_path))
-    assert "llama-server" in reason
-    assert "bench.peers.environments llama.cpp" in reason
-    for path in (places(tmp_path).llama_server, places(tmp_path).gguf):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch(mode=0o755)
-    assert missing("llama.cpp", places(tmp_path)) is None
-
-
-def test_making_an_environment_without_uv_says_so(tmp_path, monkeypatch):
-    monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(PeerError, match="needs uv"):
-        make("transformers", tmp_path / "peers")
-
-
-def test_a_failed_step_is_quoted(tmp_path, monkeypatch):
-    uv = tmp_path / "uv"
-    uv.write_text("#!/bin/sh\necho no such Python\nexit 3\n")
-    uv.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    with pytest.raises(PeerError, match="code 3: no such Python"):
-        make("transformers", tmp_path / "peers")
-
-
-@pytest.fixture
-def prompts(tmp_path):
-    path = tmp_path / "prompts.jsonl"
-    path.write_text("\n".join(json.dumps({"prompt": text}) for text in ("def a(", "x" * 9000)))
-    return path
-
-
-@pytest.fixture
-def own_cores(monkeypatch):
-    """The test's process keeps its cores and environment."""
-    monkeypatch.setattr(command, "use_cores", lambda threads: list(range(threads)))
-
-
-def test_the_command_compares_who_is_there_and_names_who_is_not(
-    tmp_path, prompts, own_cores, monkeypatch, capsys
-):
-    start = command.start
-
-    def start_stubs(name, args, load, work):
-        if name == "llama.cpp":
-            return start(name, args, load, work)
-        return stub_peer(tmp_path), load
-
-    monkeypatch.setattr(command, "start", start_stubs)
-    out = tmp_path / "record.json"
-    names = ["ours/ar", "transformers/plain", "transformers/refuse", "llama.cpp/plain"]
-    code = command.main(
-        [
-            *("--prompts", str(prompts), "--contenders", *names, "--out", str(out)),
-            *("--environments", str(tmp_path), "--max-tokens", "4", "--rounds", "1"),
-        ]
-    )
-    assert code == 0
-    record = json.loads(out.read_text())
-    assert (record["schema"], record["prompts"]["number"]) == (1, 1)
-    assert list(record["contenders"]) == ["ours/ar", "transformers/plain"]
-    assert "No such mode" in record["failed"]["transformers/refuse"]
-    assert "llama-server" in record["skipped"]["llama.cpp"]
-    assert "llama.cpp is skipped" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("arguments", "complaint"),
-    [
-        (["--rounds", "0"], "--rounds"),
-        (["--contenders", "chess/plain"], "chess/plain"),
-        (["--max-tokens", "2000"], "lower --max-tokens"),
-        (["--model", "absent"], "absent"),
-    ],
-)
-def test_the_command_refuses_in_one_sentence(prompts, own_cores, capsys, arguments, complaint):
-    assert command.main(["--prompts", str(prompts), *arguments]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("bench.peers: ")
-    assert complaint in error
-    assert error.count("\n") == 1
-
-
-def test_more_threads_than_cores_are_refused(prompts, capsys):
-    assert command.main(["--prompts", str(prompts), "--threads", "100000"]) == 2
-    assert "--threads must be 1 to" in capsys.readouterr().err
