@@ -1,10 +1,12 @@
 """`ssd-jax bench report`: the tables and plots of records, in a folder.
 
-    ssd-jax bench report run.json micro.json --out report
+    ssd-jax bench report run.json micro.json peers.json --out report
+    ssd-jax bench report peers.json
 
 Writes report.md and a PNG for each kind of plot that the records have data for: speed by workload
 and method, hit rate against fan-out, acceptance by position, throughput against batch, and the
-rounds of SSD. Several records of `bench run` are told apart by their files' names.
+rounds of SSD. Several records of `bench run` are told apart by their files' names. Without --out
+the tables are printed.
 """
 
 import argparse
@@ -13,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from bench.arguments import make_parser, read_arguments
+from bench.markdown import table
+from bench.peers.report import describe_peers, require_peers
 from bench.plots import draw_all
 from bench.record import read_record, require_run
 from ssd_jax.errors import RequestError
@@ -25,10 +29,13 @@ Record = dict[str, Any]
 def main(argv: Sequence[str]) -> int:
     """Write the report that the command line asks for; the exit code."""
     args = _arguments(argv)
-    folder = Path(args.out)
     records = {path.stem: _open(path) for path in map(Path, args.records)}
     if len(records) < len(args.records):
         raise RequestError("Records are told apart by their names, got two of one: rename one.")
+    if args.out is None:
+        print(_report(records, ()))
+        return 0
+    folder = Path(args.out)
     if args.plots:
         check_drawable()
     try:
@@ -39,12 +46,15 @@ def main(argv: Sequence[str]) -> int:
     pictures = draw_all(runs) if args.plots else {}
     for name, content in pictures.items():
         write_whole(folder / name, content)
-    text = "\n\n".join(
-        part for name, record in records.items() for part in describe(name, record, pictures)
-    )
-    write_whole(folder / "report.md", (text + "\n").encode())
+    write_whole(folder / "report.md", (_report(records, pictures) + "\n").encode())
     print(folder / "report.md")
     return 0
+
+
+def _report(records: dict[str, Record], pictures: Iterable[str]) -> str:
+    return "\n\n".join(
+        part for name, record in records.items() for part in describe(name, record, pictures)
+    )
 
 
 def describe(name: str, record: Record, pictures: Iterable[str]) -> Iterator[str]:
@@ -53,6 +63,9 @@ def describe(name: str, record: Record, pictures: Iterable[str]) -> Iterator[str
     yield _origin(record)
     if record["kind"] == "micro":
         yield from _micro(record)
+        return
+    if record["kind"] == "peers":
+        yield from describe_peers(record)
         return
     for cell in record["cells"]:
         if cell["units"]:
@@ -104,7 +117,7 @@ def method_table(cell: Record) -> str:
                 f"{one['outputs_that_differ']}",
             )
         )
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def acceptance_table(cell: Record) -> str:
@@ -133,7 +146,7 @@ def acceptance_table(cell: Record) -> str:
                     " ".join(shares),
                 )
             )
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def timeline_table(cell: Record) -> str:
@@ -146,7 +159,7 @@ def timeline_table(cell: Record) -> str:
             parts = ("round_s", "verify_s", "prepare_s", "hit_s", "miss_s")
             overlap = _percent(one["overlap_efficiency"])
             rows.append((name, *(_ms(one[part]) for part in parts), overlap))
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def _micro(record: Record) -> Iterator[str]:
@@ -164,7 +177,7 @@ def _micro(record: Record) -> Iterator[str]:
             )
             for one in part["results"]
         ]
-        yield _table(head, rows)
+        yield table(head, rows)
 
 
 def _origin(record: Record) -> str:
@@ -182,8 +195,8 @@ def _origin(record: Record) -> str:
             f"{plan['max_tokens']} tokens an answer, medians of {plan['rounds']} rounds"
             + (", target and draft on cores of their own" if plan["split"] else "")
         )
-        if not record["complete"]:
-            parts.append("**not complete**")
+    if not record.get("complete", True):
+        parts.append("**not complete**")
     return "; ".join(parts) + "."
 
 
@@ -199,11 +212,6 @@ def _what_was_read(cell: Record) -> str:
 
 def _cell_name(cell: Record) -> str:
     return f"{cell['workload']}, temperature {cell['temperature']:g}, batch {cell['batch']}"
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def _range(spread: Sequence[float]) -> str:
@@ -225,17 +233,27 @@ def _mebibytes(peak: dict[str, int | None]) -> str:
 
 def _open(path: Path) -> Record:
     record = read_record(path)
-    if record.get("kind") != "micro":
-        require_run(record, path)
+    match record.get("kind"):
+        case "micro":
+            pass
+        case "peers":
+            require_peers(record, path)
+        case _:
+            require_run(record, path)
     return record
 
 
 def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = make_parser("report", "Tables (Markdown) and plots (PNG) of records.")
     parser.add_argument(
-        "records", nargs="+", metavar="RECORD", help="written by `bench run` or `bench micro`"
+        "records",
+        nargs="+",
+        metavar="RECORD",
+        help="of `bench run`, `bench micro` or `bench peers`",
     )
-    parser.add_argument("--out", metavar="DIR", required=True, help="folder for the report")
+    parser.add_argument(
+        "--out", metavar="DIR", help="folder for the report (default: tables alone, on stdout)"
+    )
     parser.add_argument(
         "--plots",
         action=argparse.BooleanOptionalAction,
