@@ -220,7 +220,7 @@ def test_flags_are_variables_too(bench_run, measured):
     assert (cell["temperature"], cell["batch"]) == (0.5, 2)
 
 
-@pytest.mark.parametrize("tool", ["run", "report", "micro", "guard"])
+@pytest.mark.parametrize("tool", ["run", "report", "micro", "guard", "peers"])
 def test_every_tool_has_help(run, tool):
     outcome = run("bench", tool, "--help")
     assert outcome.code == 0
