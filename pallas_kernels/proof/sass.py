@@ -118,6 +118,7 @@ def _natural_loops(
         list(_successors(number, blocks, instructions, labels, block_of))
         for number in range(len(blocks))
     ]
+    _add_indirect_jumps(successors, blocks, instructions)
     dominators = _dominators(successors)
     predecessors: list[list[int]] = [[] for _ in blocks]
     for block, nexts in enumerate(successors):
@@ -154,6 +155,37 @@ def _successors(
 def _conditional(jump: Instruction) -> bool:
     """Whether a jump may fall through: a predicate or a divergence test among its operands."""
     return bool(re.match(r"!?U?P\d", jump.operands)) or jump.opcode.startswith(("BRA.DIV", "CALL"))
+
+
+def _add_indirect_jumps(
+    successors: list[list[int]], blocks: list[tuple[int, int]], instructions: list[Instruction]
+) -> None:
+    """Let jumps through a table (BRX) lead to every block that nothing else leads to.
+
+    The disassembly does not say where they go. Roles of a kernel are often chosen that way.
+    """
+    indirect = [
+        number for number, (_, end) in enumerate(blocks) if instructions[end - 1].opcode == "BRX"
+    ]
+    if not indirect:
+        return
+    reached = _reachable(0, successors)
+    for block in range(len(blocks)):
+        if block not in reached:
+            for jump in indirect:
+                successors[jump].append(block)
+            reached |= _reachable(block, successors)
+
+
+def _reachable(first: int, successors: list[list[int]]) -> set[int]:
+    """A block and all that it leads to."""
+    found = {first}
+    stack = [first]
+    while stack:
+        new = set(successors[stack.pop()]) - found
+        found |= new
+        stack.extend(new)
+    return found
 
 
 def _dominators(successors: list[list[int]]) -> dict[int, set[int]]:

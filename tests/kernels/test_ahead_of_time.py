@@ -50,6 +50,27 @@ def test_hot_loops_follow_control_flow_and_not_the_order_of_the_text():
     assert loop["FADD"] == loop["EXIT"] == loop["MOV"] == 0
 
 
+SWITCH = """
+        /*0000*/                   BRX R4 -0x10 ;
+.L_x_1:
+        /*0010*/                   MUFU.EX2 R2, R2 ;
+        /*0020*/               @P0 BRA `(.L_x_1) ;
+        /*0030*/                   EXIT ;
+.L_x_2:
+        /*0040*/                   NOP ;
+.L_x_3:
+        /*0050*/                   UTCHMMA gdesc[UR8], gdesc[UR10], tmem[UR4], UPT ;
+        /*0060*/                   @P0 BRA `(.L_x_3) ;
+        /*0070*/                   EXIT ;
+"""
+
+
+def test_hot_loops_behind_a_jump_through_a_table_are_found():
+    softmax, products = sass.hot_loops(SWITCH, ("MUFU.EX2", "UTCHMMA"))
+    assert softmax.total == products.total == 2
+    assert products.matrix_products == 1
+
+
 def test_a_target_describes_its_device():
     assert 'device_description_str: "NVIDIA B200"' in B200.description()
     assert "major: 9" in H200.description()
