@@ -301,20 +301,16 @@ class _Kernel:
         out_accumulator = plgpu.WGMMAAccumulatorRef((TILE_ROWS, self.head_dim), jnp.float32)
 
         def start_scores(accumulator: Ref, step: Ref) -> None:
-            slot = lax.rem(step, stages)
-            plgpu.barrier_wait(keys_full.at[slot])
-            plgpu.wgmma(accumulator, queries, keys.at[slot].transpose((1, 0)))
+            plgpu.wgmma(accumulator, queries, keys.at[lax.rem(step, stages)].transpose((1, 0)))
 
         def start_values(accumulator: Ref, total: Ref, part: Ref, step: Ref) -> None:
-            slot = lax.rem(step, stages)
             if self.config.interpretable:
                 weights.at[warpgroup][...] = part
                 plgpu.commit_smem()
                 part = weights.at[warpgroup]
             else:
                 accumulator[...] = total
-            plgpu.barrier_wait(values_full.at[slot])
-            plgpu.wgmma(accumulator, part, values.at[slot])
+            plgpu.wgmma(accumulator, part, values.at[lax.rem(step, stages)])
 
         def finish_values(accumulator: Ref, total: Ref, step: Ref) -> Ref:
             found = plgpu.wgmma_accumulator_load(accumulator, wait_n=0)
@@ -327,7 +323,9 @@ class _Kernel:
                 scores = jnp.where(self.seen(place, warpgroup, step), scores, -jnp.inf)
             factor = jnp.float32(self.scale * LOG2_E)
             new_largest = jnp.maximum(largest, scores.max(axis=1) * factor)
-            base = jnp.where(new_largest == -jnp.inf, 0.0, new_largest)
+            base = new_largest
+            if masked:
+                base = jnp.where(new_largest == -jnp.inf, 0.0, new_largest)
             shrink = jnp.exp2(largest - base)
             found = jnp.exp2(scores * factor - lax.broadcast_in_dim(base, scores.shape, [0]))
             return found, found.sum(axis=1), new_largest, shrink
@@ -352,12 +350,17 @@ class _Kernel:
                 total = total * lax.broadcast_in_dim(shrink, total.shape, [0])
                 return total, found.astype(self.dtype), weight * shrink + added, largest
 
+            # Between the accumulator's zeros and the product must be no wait: the compiler then
+            # lets the product start from nothing, and writes no zeros.
+            plgpu.barrier_wait(keys_full.at[lax.rem(step, stages)])
+            plgpu.barrier_wait(values_full.at[lax.rem(step - 1, stages)])
             return pl.run_scoped(overlapped, score_accumulator, out_accumulator)
 
         plgpu.copy_gmem_to_smem(
             query.at[place.batch, own, place.head], queries, queries_full.at[warpgroup]
         )
         plgpu.barrier_wait(queries_full.at[warpgroup])
+        plgpu.barrier_wait(keys_full.at[0])
         part, weight, largest = pl.run_scoped(first_step, score_accumulator)
         total = jnp.zeros((TILE_ROWS, self.head_dim), jnp.float32)
         carry = (plgpu.layout_cast(total, plgpu.Layout.WGMMA), part, weight, largest)
@@ -371,6 +374,7 @@ class _Kernel:
             start_values(accumulator, total, part, place.num_steps - 1)
             return finish_values(accumulator, total, place.num_steps - 1)
 
+        plgpu.barrier_wait(values_full.at[lax.rem(place.num_steps - 1, stages)])
         total = pl.run_scoped(last_values, out_accumulator)
         blind = weight == 0.0
         total = total * lax.broadcast_in_dim(jnp.where(blind, 0.0, 1.0 / weight), total.shape, [0])

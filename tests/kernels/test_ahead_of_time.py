@@ -170,6 +170,7 @@ def test_forward_sm90_counts(head_dim, dtype, causal):
     for loop in loops:
         assert loop[EXP] == scores_per_thread + rows_per_thread
         assert loop["HGMMA"] == head_dim // DEPTH + 128 // DEPTH
+        assert loop["CS2R"] == 0  # no zeros are written for products to be added to
         assert loop["STL"] == loop["LDL"] == 0
 
 
