@@ -16,14 +16,23 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
-from pallas_kernels.compat import TMEM_LAYOUT, TMEM_ROW_LAYOUT, Ref, tiled_smem
+from pallas_kernels.compat import (
+    OUT_LAYOUT,
+    TMEM_LAYOUT,
+    TMEM_ROW_LAYOUT,
+    Ref,
+    end_smem_reads,
+    tiled_smem,
+    wait_tmem_loads,
+    wait_tmem_stores,
+)
 from pallas_kernels.exp2 import LOG2_E
 
 TILE = 128
 HALF = TILE // 2
 TENSOR_COLUMNS = 512
 
-_COLUMN_LAYOUT = TMEM_LAYOUT.reduce(0)
+_COLUMN_LAYOUT = OUT_LAYOUT.reduce(0)
 _COMPUTE_REGISTERS, _FEEDER_REGISTERS = 216, 72
 _TMA_WARP, _MMA_WARP, _FEEDER = 0, 1, 2
 
@@ -33,17 +42,14 @@ class BackwardConfig:
     """How the two kernels use tensor memory.
 
     Args:
-        alias: P^T lies over S^T and dS^T over dP^T. At head dim 128 the four tiles and both sums
-            need more than 512 columns otherwise. None: only where it must.
-        wait_products: with `alias`, a tile is overwritten only after a barrier says that the
-            product which reads it is complete. Without, tensor core instructions are trusted to
-            run in order, which FlashAttention-4 relies on and the race detector cannot see.
+        share: S^T and dP^T of the dK/dV kernel take turns in one tile. At head dim 128 they must:
+            beside both, their 16-bit forms and both sums, 512 columns are too few. None: only
+            where they must.
         query_stages: tiles of Q and dO in flight in the dK/dV kernel.
         key_stages: tiles of K in flight in the dQ kernel (V has two).
     """
 
-    alias: bool | None = None
-    wait_products: bool = True
+    share: bool | None = None
     query_stages: int = 2
     key_stages: int = 3
 
@@ -51,10 +57,10 @@ class BackwardConfig:
         if self.query_stages < 2 or self.key_stages < 2:
             raise ValueError(f"stages must be at least 2: {self.query_stages=} {self.key_stages=}")
 
-    def aliases(self, head_dim: int) -> bool:
-        """Whether tiles share tensor memory at this head dim."""
-        if self.alias is not None:
-            return self.alias
+    def shares(self, head_dim: int) -> bool:
+        """Whether scores and slopes share tensor memory at this head dim."""
+        if self.share is not None:
+            return self.share
         return 2 * TILE + 2 * HALF + 2 * head_dim > TENSOR_COLUMNS
 
 
@@ -73,6 +79,11 @@ class Problem:
     scale: float
     config: BackwardConfig
     interpret: plgpu.InterpretGPUParams | None
+
+    @property
+    def interpreted(self) -> bool:
+        """Whether the interpreter runs the kernel, which knows no warps."""
+        return self.interpret is not None
 
     @property
     def group(self) -> int:
@@ -166,8 +177,7 @@ def _columns(ref: Ref, first: Ref) -> Ref:
 
 def key_value_gradient_kernel(problem: Problem) -> Callable[..., tuple[Array, Array]]:
     """The kernel (query, key, value, out_gradient, stats) -> (key gradient, value gradient)."""
-    alias = problem.config.aliases(problem.head_dim)
-    waits = alias and problem.config.wait_products
+    shared = problem.config.shares(problem.head_dim)
     stages = problem.config.query_stages
     query_tiles, key_tiles = problem.num_tokens // TILE, problem.num_slots // TILE
     group = problem.group
@@ -184,8 +194,8 @@ def key_value_gradient_kernel(problem: Problem) -> Callable[..., tuple[Array, Ar
         num_masked = group if problem.causal else 0
         num_plain = query_tiles - first - (1 if problem.causal else 0)
         num_steps = num_masked + group * num_plain
-        scores, weights = memory.score_tiles
-        slopes, slope_weights = memory.slope_tiles
+        scores = memory.scores
+        slopes = scores if shared else memory.slopes
 
         def position(step: Ref) -> tuple[Ref, Ref]:
             """Head and query tile of a step: the tiles on the diagonal first, then by head."""
@@ -222,6 +232,7 @@ def key_value_gradient_kernel(problem: Problem) -> Callable[..., tuple[Array, Ar
                 @pl.when(step >= stages)
                 def _wait_queries() -> None:
                     plgpu.barrier_wait(memory.queries_free.at[slot])
+                    end_smem_reads(interpret=problem.interpreted)
 
                 plgpu.copy_gmem_to_smem(
                     query.at[batch, there, head],
@@ -229,7 +240,9 @@ def key_value_gradient_kernel(problem: Problem) -> Callable[..., tuple[Array, Ar
                     memory.queries_full.at[slot],
                 )
                 plgpu.copy_gmem_to_smem(
-                    stats.at[batch, head, :, there], memory.rows.at[slot], memory.rows_full.at[slot]
+                    stats.at[batch, head, :, there],
+                    memory.rows.at[slot],
+                    memory.queries_full.at[slot],
                 )
 
             @pl.loop(jnp.maximum(num_steps - stages, 0), num_steps)
@@ -258,82 +271,90 @@ def key_value_gradient_kernel(problem: Problem) -> Callable[..., tuple[Array, Ar
                 )
                 plgpu.tcgen05_commit_arrive(memory.slopes_full)
 
-            def wait_product() -> None:
-                if waits:
-                    plgpu.tcgen05_commit_arrive(memory.product_done)
-                    plgpu.barrier_wait(memory.product_done)
-
-            plgpu.barrier_wait(memory.keys_full)
-            score(jnp.int32(0))
-            slope(jnp.int32(0))
-
-            @pl.loop(0, num_steps)
-            def _step(step: Ref) -> None:
+            def value_product(step: Ref) -> None:
                 slot = lax.rem(step, jnp.int32(stages))
-                more = step + 1 < num_steps
-                plgpu.barrier_wait(memory.weights_ready)
                 plgpu.tcgen05_mma(
-                    memory.value_total, weights, memory.gradients.at[slot], accumulate=step > 0
+                    memory.value_total,
+                    memory.weights,
+                    memory.gradients.at[slot],
+                    accumulate=step > 0,
                 )
                 plgpu.tcgen05_commit_arrive(memory.gradients_free.at[slot])
 
-                @pl.when(more)
-                def _next_score() -> None:
-                    wait_product()
-                    score(step + 1)
-
+            def key_product(step: Ref) -> None:
+                slot = lax.rem(step, jnp.int32(stages))
                 plgpu.barrier_wait(memory.slopes_ready)
                 plgpu.tcgen05_mma(
-                    memory.key_total, slope_weights, memory.queries.at[slot], accumulate=step > 0
+                    memory.key_total,
+                    memory.slope_weights,
+                    memory.queries.at[slot],
+                    accumulate=step > 0,
                 )
                 plgpu.tcgen05_commit_arrive(memory.queries_free.at[slot])
+                plgpu.tcgen05_commit_arrive(memory.key_product_done)
 
-                @pl.when(more)
-                def _next_slope() -> None:
-                    wait_product()
-                    slope(step + 1)
+            plgpu.tcgen05_commit_arrive(memory.key_product_done)  # of the step before the first
+            plgpu.barrier_wait(memory.keys_full)
+            score(jnp.int32(0))
+            plgpu.barrier_wait(memory.scores_free)
+            slope(jnp.int32(0))
 
-            plgpu.tcgen05_commit_arrive(memory.all_done)
+            # What a step's weights wait for is computed while the step before is multiplied.
+            @pl.loop(0, num_steps - 1)
+            def _step(step: Ref) -> None:
+                if not shared:
+                    score(step + 1)
+                plgpu.barrier_wait(memory.weights_ready)
+                if shared:
+                    score(step + 1)
+                value_product(step)
+                plgpu.barrier_wait(memory.scores_free)
+                slope(step + 1)
+                key_product(step)
+
+            plgpu.barrier_wait(memory.weights_ready)
+            value_product(num_steps - 1)
+            key_product(num_steps - 1)
 
         def compute(warpgroup: Ref) -> None:
             here = warpgroup * HALF
 
             def load_half(tile_ref: Ref) -> Ref:
-                part = plgpu.async_load_tmem(_columns(tile_ref, here), layout=TMEM_LAYOUT)
-                plgpu.wait_load_tmem()
-                if alias:
-                    # What is stored next lies over columns that the other warpgroup reads.
-                    plgpu.barrier_arrive(memory.both_loaded)
-                    plgpu.barrier_wait(memory.both_loaded)
-                return part
+                return plgpu.async_load_tmem(_columns(tile_ref, here), layout=OUT_LAYOUT)
 
-            def store_half(tile_ref: Ref, part: Ref, ready: Ref) -> None:
+            def store_half(tile_ref: Ref, part: Ref) -> None:
                 plgpu.async_store_tmem(_columns(tile_ref, here), part.astype(problem.dtype))
-                plgpu.commit_tmem()
-                plgpu.barrier_arrive(ready)
 
             def step_body(step: Ref, masked: bool) -> None:
-                slot = lax.rem(step, jnp.int32(stages))
+                rows = memory.rows.at[lax.rem(step, jnp.int32(stages))]
                 columns = pl.ds(here, HALF)
-                plgpu.barrier_wait(memory.rows_full.at[slot])
                 plgpu.barrier_wait(memory.scores_full)
-                part = load_half(scores) * jnp.float32(problem.scale * LOG2_E)
-                lse = plgpu.load(memory.rows.at[slot, 0, columns], layout=_COLUMN_LAYOUT)
+                part = load_half(scores)
+                wait_tmem_loads(interpret=problem.interpreted)
+                plgpu.barrier_arrive(memory.scores_free)
+                lse = plgpu.load(rows.at[0, columns], layout=_COLUMN_LAYOUT)
+                part = part * jnp.float32(problem.scale * LOG2_E)
                 part = jnp.exp2(part - lax.broadcast_in_dim(lse, part.shape, [1]))
                 if masked:
-                    part = jnp.where(_seen(here, keys_in_rows=True), part, 0.0)
-                store_half(weights, part, memory.weights_ready)
+                    part = jnp.where(_seen(here), part, 0.0)
+                # Full slopes also say that the last product with the weights is complete.
                 plgpu.barrier_wait(memory.slopes_full)
                 slope = load_half(slopes)
-                delta = plgpu.load(memory.rows.at[slot, 1, columns], layout=_COLUMN_LAYOUT)
-                plgpu.commit_smem()  # ends the reads before the next bulk copy writes there
+                store_half(memory.weights, part)
+                wait_tmem_loads(interpret=problem.interpreted)
+                wait_tmem_stores(interpret=problem.interpreted)
+                plgpu.barrier_arrive(memory.weights_ready)
+                delta = plgpu.load(rows.at[1, columns], layout=_COLUMN_LAYOUT)
                 slope = part * (slope - lax.broadcast_in_dim(delta, part.shape, [1]))
-                store_half(slope_weights, slope, memory.slopes_ready)
+                plgpu.barrier_wait(memory.key_product_done)
+                store_half(memory.slope_weights, slope)
+                wait_tmem_stores(interpret=problem.interpreted)
+                plgpu.barrier_arrive(memory.slopes_ready)
 
             if problem.causal:
                 lax.fori_loop(0, num_masked, lambda step, _: step_body(step, True), None)
             lax.fori_loop(num_masked, num_steps, lambda step, _: step_body(step, False), None)
-            plgpu.barrier_wait(memory.all_done)
+            plgpu.barrier_wait(memory.key_product_done)
 
             @pl.when(warpgroup == 0)
             def _value() -> None:
@@ -352,30 +373,29 @@ def key_value_gradient_kernel(problem: Problem) -> Callable[..., tuple[Array, Ar
 
         _run_roles(compute, load, multiply)
 
-    pair = plgpu.RefUnion if alias else lambda *refs: refs
     scratch = {
         "keys": problem.smem(),
         "values": problem.smem(),
         "queries": problem.smem(stages),
         "gradients": problem.smem(stages),
         "rows": plgpu.SMEM((stages, 2, TILE), jnp.float32),
-        "score_tiles": pair(problem.scores(), problem.weights()),
-        "slope_tiles": pair(problem.scores(), problem.weights()),
+        "scores": problem.scores(),
+        "slopes": None if shared else problem.scores(),
+        "weights": problem.weights(),
+        "slope_weights": problem.weights(),
         "key_total": problem.total(),
         "value_total": problem.total(),
         "keys_full": plgpu.Barrier(num_arrivals=2),
-        "queries_full": plgpu.Barrier(num_barriers=stages),
+        "queries_full": plgpu.Barrier(num_arrivals=2, num_barriers=stages),
         "gradients_full": plgpu.Barrier(num_barriers=stages),
-        "rows_full": plgpu.Barrier(num_barriers=stages),
         "queries_free": _tensor_barrier(count=stages),
         "gradients_free": _tensor_barrier(count=stages),
         "scores_full": _tensor_barrier(),
+        "scores_free": _tensor_barrier(2),
         "slopes_full": _tensor_barrier(),
         "weights_ready": _tensor_barrier(2),
         "slopes_ready": _tensor_barrier(2),
-        "both_loaded": _tensor_barrier(2),
-        "product_done": _tensor_barrier(),
-        "all_done": _tensor_barrier(),
+        "key_product_done": _tensor_barrier(),
     }
     shape = (problem.batch, problem.num_slots, problem.num_kv_heads, problem.head_dim)
     outputs = [jax.ShapeDtypeStruct(shape, problem.dtype)] * 2
@@ -384,12 +404,12 @@ def key_value_gradient_kernel(problem: Problem) -> Callable[..., tuple[Array, Ar
     )
 
 
-def _seen(first_column: Ref, *, keys_in_rows: bool) -> Ref:
-    """Where a tile on the diagonal is visible: key at or before query; half of its columns."""
+def _seen(first_column: Ref) -> Ref:
+    """Where a transposed tile on the diagonal is visible: key (row) at or before query (column)."""
     shape = (TILE, HALF)
-    rows = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=TMEM_LAYOUT)
-    columns = first_column + plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=TMEM_LAYOUT)
-    return rows <= columns if keys_in_rows else columns <= rows
+    rows = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=OUT_LAYOUT)
+    columns = first_column + plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=OUT_LAYOUT)
+    return rows <= columns
 
 
 def query_gradient_kernel(problem: Problem) -> Callable[..., Array]:
@@ -456,8 +476,8 @@ def query_gradient_kernel(problem: Problem) -> Callable[..., Array]:
                 plgpu.barrier_wait(memory.values_free.at[lax.rem(step, jnp.int32(value_stages))])
 
         def multiply() -> None:
-            def score(step: Ref) -> None:
-                slot = lax.rem(step, jnp.int32(stages))
+            def score(step: Ref, slot: Ref) -> None:
+                value_slot = lax.rem(step, jnp.int32(value_stages))
                 plgpu.barrier_wait(memory.keys_full.at[slot])
                 plgpu.tcgen05_mma(
                     memory.scores,
@@ -465,48 +485,41 @@ def query_gradient_kernel(problem: Problem) -> Callable[..., Array]:
                     memory.keys.at[slot].transpose((1, 0)),
                     accumulate=False,
                 )
-                plgpu.tcgen05_commit_arrive(memory.scores_full)
-
-            def slope(step: Ref) -> None:
-                slot = lax.rem(step, jnp.int32(value_stages))
-                plgpu.barrier_wait(memory.values_full.at[slot])
+                plgpu.barrier_wait(memory.values_full.at[value_slot])
                 plgpu.tcgen05_mma(
                     memory.slopes,
                     memory.gradients,
-                    memory.values.at[slot].transpose((1, 0)),
+                    memory.values.at[value_slot].transpose((1, 0)),
                     accumulate=False,
                 )
-                plgpu.tcgen05_commit_arrive(memory.slopes_full)
-                plgpu.tcgen05_commit_arrive(memory.values_free.at[slot])
+                plgpu.tcgen05_commit_arrive(memory.tiles_full)
+                plgpu.tcgen05_commit_arrive(memory.values_free.at[value_slot])
 
-            plgpu.barrier_wait(memory.queries_full)
-            score(jnp.int32(0))
-            slope(jnp.int32(0))
-
-            @pl.loop(0, num_steps)
-            def _step(step: Ref) -> None:
-                slot = lax.rem(step, jnp.int32(stages))
-                plgpu.barrier_wait(memory.scores_free)
-
-                @pl.when(step + 1 < num_steps)
-                def _next_score() -> None:
-                    score(step + 1)
-
-                plgpu.barrier_wait(memory.slopes_free)
-
-                @pl.when(step + 1 < num_steps)
-                def _next_slope() -> None:
-                    slope(step + 1)
-
-                plgpu.barrier_wait(memory.slopes_ready)
+            def product(step: Ref, slot: Ref) -> None:
+                # A barrier a place: the next step's slopes may be ready before this looks.
+                place = lax.rem(step, jnp.int32(2))
+                plgpu.barrier_wait(memory.slopes_ready.at[place])
                 plgpu.tcgen05_mma(
                     memory.query_total,
-                    memory.slope_weights,
+                    memory.slope_weights.at[:, pl.ds(place * TILE, TILE)],
                     memory.keys.at[slot],
                     accumulate=step > 0,
                 )
                 plgpu.tcgen05_commit_arrive(memory.keys_free.at[slot])
-                plgpu.tcgen05_commit_arrive(memory.product_done)
+
+            def step_body(step: Ref, slot: Ref) -> Ref:
+                after = jnp.where(slot == stages - 1, 0, slot + 1)
+                plgpu.barrier_wait(memory.tiles_free)
+                score(step + 1, after)
+                product(step, slot)
+                return after
+
+            plgpu.barrier_wait(memory.queries_full)
+            score(jnp.int32(0), jnp.int32(0))
+            slot = lax.fori_loop(0, num_steps - 1, step_body, jnp.int32(0))
+            plgpu.barrier_wait(memory.tiles_free)
+            product(num_steps - 1, slot)
+            plgpu.tcgen05_commit_arrive(memory.all_done)
 
         def compute(warpgroup: Ref) -> None:
             here = warpgroup * HALF
@@ -514,15 +527,12 @@ def query_gradient_kernel(problem: Problem) -> Callable[..., Array]:
             lse = plgpu.load(memory.rows.at[0], layout=TMEM_ROW_LAYOUT)
             delta = plgpu.load(memory.rows.at[1], layout=TMEM_ROW_LAYOUT)
 
-            def load_half(tile_ref: Ref, full: Ref, free: Ref) -> Ref:
-                plgpu.barrier_wait(full)
-                part = plgpu.async_load_tmem(_columns(tile_ref, here), layout=TMEM_LAYOUT)
-                plgpu.wait_load_tmem()
-                plgpu.barrier_arrive(free)
-                return part
-
             def step_body(step: Ref, masked: bool) -> None:
-                part = load_half(memory.scores, memory.scores_full, memory.scores_free)
+                plgpu.barrier_wait(memory.tiles_full)
+                part = plgpu.async_load_tmem(_columns(memory.scores, here), layout=TMEM_LAYOUT)
+                slope = plgpu.async_load_tmem(_columns(memory.slopes, here), layout=TMEM_LAYOUT)
+                wait_tmem_loads(interpret=problem.interpreted)
+                plgpu.barrier_arrive(memory.tiles_free)
                 part = part * jnp.float32(problem.scale * LOG2_E)
                 part = jnp.exp2(part - lax.broadcast_in_dim(lse, part.shape, [0]))
                 if masked:
@@ -537,23 +547,18 @@ def query_gradient_kernel(problem: Problem) -> Callable[..., Array]:
                         )
                         seen = seen & (slots <= tokens)
                     part = jnp.where(seen, part, 0.0)
-                slope = load_half(memory.slopes, memory.slopes_full, memory.slopes_free)
                 slope = part * (slope - lax.broadcast_in_dim(delta, part.shape, [0]))
-
-                @pl.when(step > 0)
-                def _wait_product() -> None:
-                    plgpu.barrier_wait(memory.product_done)
-
-                plgpu.async_store_tmem(
-                    _columns(memory.slope_weights, here), slope.astype(problem.dtype)
-                )
-                plgpu.commit_tmem()
-                plgpu.barrier_arrive(memory.slopes_ready)
+                # The product that read this place two steps ago ended before the tiles were full.
+                place = lax.rem(step, jnp.int32(2))
+                target = _columns(memory.slope_weights, place * TILE + here)
+                plgpu.async_store_tmem(target, slope.astype(problem.dtype))
+                wait_tmem_stores(interpret=problem.interpreted)
+                plgpu.barrier_arrive(memory.slopes_ready.at[place])
 
             # Only the last tile can hold keys that are not seen: past the limit or the diagonal.
             lax.fori_loop(0, num_steps - 1, lambda step, _: step_body(step, False), None)
             step_body(num_steps - 1, True)
-            plgpu.barrier_wait(memory.product_done)
+            plgpu.barrier_wait(memory.all_done)
 
             @pl.when(warpgroup == 0)
             def _write() -> None:
@@ -570,7 +575,7 @@ def query_gradient_kernel(problem: Problem) -> Callable[..., Array]:
         "rows": plgpu.SMEM((2, TILE), jnp.float32),
         "scores": problem.scores(),
         "slopes": problem.scores(),
-        "slope_weights": problem.weights(),
+        "slope_weights": plgpu.TMEM((TILE, 2 * TILE), problem.dtype, packed=True),
         "query_total": problem.total(),
         "queries_full": plgpu.Barrier(num_arrivals=2),
         "rows_full": plgpu.Barrier(),
@@ -578,12 +583,10 @@ def query_gradient_kernel(problem: Problem) -> Callable[..., Array]:
         "values_full": plgpu.Barrier(num_barriers=value_stages),
         "keys_free": _tensor_barrier(count=stages),
         "values_free": _tensor_barrier(count=value_stages),
-        "scores_full": _tensor_barrier(),
-        "scores_free": _tensor_barrier(2),
-        "slopes_full": _tensor_barrier(),
-        "slopes_free": _tensor_barrier(2),
-        "slopes_ready": _tensor_barrier(2),
-        "product_done": _tensor_barrier(),
+        "tiles_full": _tensor_barrier(),
+        "tiles_free": _tensor_barrier(2),
+        "slopes_ready": _tensor_barrier(2, count=2),
+        "all_done": _tensor_barrier(),
     }
     shape = (problem.batch, problem.num_tokens, problem.num_heads, problem.head_dim)
     output = jax.ShapeDtypeStruct(shape, problem.dtype)

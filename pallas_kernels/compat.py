@@ -84,6 +84,22 @@ def _wait_tmem(kind: nvvm.Tcgen05WaitKind) -> None:
     wait()  # pyright: ignore[reportCallIssue]  # the decorator supplies the context
 
 
+def end_smem_reads(*, interpret: bool) -> None:
+    """Let bulk copies that this warp starts next write where others, as it has waited for, read.
+
+    For one warp: `plgpu.commit_smem` does the same and makes the four warps of a warpgroup meet.
+    """
+    if interpret:
+        plgpu.commit_smem()
+        return
+
+    @plgpu.inline_mgpu()
+    def fence(_: object) -> None:
+        nvvm.fence_proxy(nvvm.ProxyKind.async_shared, space=nvvm.SharedSpace.shared_cta)
+
+    fence()  # pyright: ignore[reportCallIssue]  # the decorator supplies the context
+
+
 def store(ref: Ref, values: jax.Array) -> None:
     """Write values from registers to a reference in whatever layout they have.
 

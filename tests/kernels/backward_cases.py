@@ -203,4 +203,4 @@ def faulty(*, kernel: str, fault: str) -> dict[str, float]:
         return lambda *_: of_query if kernel == "key_value" else (of_key, of_key)
 
     with mock.patch.object(backward_sm100, other, instead), without(fault, Problem):
-        return accuracy(head_dim=64, alias=True, **{many: 512, one: 128})
+        return accuracy(head_dim=64, share=True, **{many: 512, one: 128})

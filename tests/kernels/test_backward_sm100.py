@@ -24,8 +24,8 @@ SLOW_CASES = {
     "full_d128": {"tokens": 384, "slots": 128},
     "causal_three_tiles": {"causal": True, "tokens": 384, "slots": 384, "dtype": "float16"},
     "four_heads_a_kv_head": {"heads": 4, "causal": True, "head_dim": 64, "batch": 2},
-    "beside_d128": {"alias": False, "tokens": 384},
-    "over_each_other_d64": {"alias": True, "head_dim": 64, "causal": True},
+    "beside_d128": {"share": False, "tokens": 384},
+    "in_turns_d64": {"share": True, "head_dim": 64, "causal": True},
 }
 
 
@@ -55,12 +55,6 @@ def test_large_scores_cost_no_more_than_rounding_to_16_bits():
         assert error <= 1.02 * least[name]
 
 
-@pytest.mark.slow
-def test_trusting_the_order_of_products_is_what_the_detector_cannot_prove():
-    outcome = run_case("backward_cases:accuracy", timeout=300.0, wait_products=False)
-    assert outcome.races
-
-
 # "barrier" takes out a whole handshake: only a race can give that away. Bulk copies arrive by
 # themselves, so of their barriers the waits are taken out, which may also misuse the barrier.
 FAULTS = [
@@ -70,11 +64,9 @@ FAULTS = [
     "barrier slopes_full",
     "barrier weights_ready",
     "barrier slopes_ready",
-    "barrier product_done",
-    "barrier all_done",
+    "barrier key_product_done",
     "wait queries_full",
     "wait gradients_full",
-    "wait rows_full",
     "wait keys_full",
     "commit_tmem",
     "wait_load_tmem",
@@ -83,12 +75,10 @@ FAULTS = [
 QUERY_FAULTS = [
     "barrier keys_free",
     "barrier values_free",
-    "barrier scores_full",
-    "barrier scores_free",
-    "barrier slopes_full",
-    "barrier slopes_free",
+    "barrier tiles_full",
+    "barrier tiles_free",
     "barrier slopes_ready",
-    "barrier product_done",
+    "barrier all_done",
     "wait keys_full",
     "wait values_full",
     "wait queries_full",
@@ -102,7 +92,7 @@ QUERY_FAULTS = [
 @pytest.mark.parametrize(
     ("kernel", "fault"),
     [
-        ("key_value", "barrier both_loaded"),
+        ("key_value", "barrier scores_free"),
         *(pytest.param("key_value", fault, marks=pytest.mark.slow) for fault in FAULTS),
         *(pytest.param("query", fault, marks=pytest.mark.slow) for fault in QUERY_FAULTS),
     ],
@@ -134,8 +124,8 @@ def test_unsupported_names_the_reason():
     assert "start" in unsupported(query, key, value, lengths, query, *rest, **OPTIONS)
 
 
-def test_tiles_lie_over_each_other_only_where_tensor_memory_is_short():
-    assert BackwardConfig().aliases(128)
-    assert not BackwardConfig().aliases(64)
+def test_tiles_take_turns_only_where_tensor_memory_is_short():
+    assert BackwardConfig().shares(128)
+    assert not BackwardConfig().shares(64)
     with pytest.raises(ValueError, match="at least 2"):
         BackwardConfig(query_stages=1)
