@@ -13,6 +13,7 @@ import pathlib
 import sys
 from typing import Any
 
+from pallas_kernels.attention_config import forward_config, paired
 from pallas_kernels.proof import cycles
 from pallas_kernels.proof.ahead_of_time import AheadOfTimeError, compile_case, missing
 from pallas_kernels.proof.targets import B200, H200, Target
@@ -32,73 +33,98 @@ class Entry:
 
 def entries() -> list[Entry]:
     """Our kernels and their peers at head dim 128, without a mask (which would add loops)."""
-    blackwell = cycles.forward_step(tiles=2, rows=128, keys=128, head_dim=128)
-    single = cycles.forward_step(tiles=1, rows=128, keys=128, head_dim=128)
-    hopper = cycles.forward_step(tiles=2, rows=64, keys=128, head_dim=128)
+    return [*_forward_b200(), *_backward_b200(), *_forward_h200(), *_decode()]
+
+
+def _entry(case: str, target: Target, name: str, *, options: Any = None, **step: Any) -> Entry:  # noqa: ANN401
+    return Entry(
+        case=case,
+        target=target,
+        steps={"": cycles.Step(name=name, **step)},
+        options=options or {},
+    )
+
+
+def _forward_b200() -> list[Entry]:
+    ours, tokamax = "forward_cases:compiled", "bench.peer_kernels:tokamax_forward"
+    two: dict[str, Any] = {"exp_warpgroups": 2, "bodies": 2, "other_warpgroups": 1}
+    one: dict[str, Any] = {"exp_warpgroups": 1, "other_warpgroups": 1}
+    pair = paired(forward_config(128))
+    of_pair = {"pair": True, "kv_stages": pair.kv_stages, "registers": pair.registers}
+
+    def work(tiles: int, sms: int) -> cycles.Work:
+        return cycles.forward_step(tiles=tiles, rows=128, keys=128, head_dim=128, sms=sms)
+
+    found = []
+    for sms, name, options in ((1, "", {}), (2, ", 2 SMs together", of_pair)):
+        peer = {"chip": "sm100", "collective": sms == 2}
+        found += [
+            _entry(ours, B200, f"forward sm_100{name}", options=options, work=work(2, sms), **two),
+            _entry(
+                tokamax,
+                B200,
+                f"tokamax forward sm_100{name}",
+                options=peer,
+                work=work(1, sms),
+                **one,
+            ),
+        ]
+    return found
+
+
+def _backward_b200() -> list[Entry]:
     of_keys = cycles.key_value_gradient_step(tile=128, head_dim=128)
     of_query = cycles.query_gradient_step(tile=128, head_dim=128)
-    step = cycles.Step
 
     def both(name: str, warpgroups: int) -> dict[str, cycles.Step]:
         return {
-            "query": step(name=f"{name} dQ", work=of_query, exp_warpgroups=warpgroups),
-            "key": step(name=f"{name} dK/dV", work=of_keys, exp_warpgroups=warpgroups),
+            "query": cycles.Step(name=f"{name} dQ", work=of_query, exp_warpgroups=warpgroups),
+            "key": cycles.Step(name=f"{name} dK/dV", work=of_keys, exp_warpgroups=warpgroups),
         }
 
+    tokamax = both("tokamax backward sm_100", 1)
     return [
-        Entry(
-            case="forward_cases:compiled",
-            target=B200,
-            steps={
-                "": step(
-                    name="forward sm_100",
-                    work=blackwell,
-                    exp_warpgroups=2,
-                    bodies=2,
-                    other_warpgroups=1,
-                )
-            },
-        ),
-        Entry(
-            case="bench.peer_kernels:tokamax_forward",
-            target=B200,
-            options={"chip": "sm100"},
-            steps={
-                "": step(
-                    name="tokamax forward sm_100",
-                    work=single,
-                    exp_warpgroups=1,
-                    other_warpgroups=1,
-                )
-            },
-        ),
         Entry(case="backward_cases:compiled", target=B200, steps=both("backward sm_100", 2)),
-        Entry(
-            case="bench.peer_kernels:tokamax_backward",
-            target=B200,
-            steps=both("tokamax backward sm_100", 1),
-        ),
-        Entry(
-            case="hopper_cases:compiled",
-            target=H200,
-            steps={"": step(name="forward sm_90", work=hopper, exp_warpgroups=2, issue_warps=0)},
-        ),
-        Entry(
-            case="bench.peer_kernels:jax_hopper_forward",
-            target=H200,
-            steps={
-                "": step(name="jax attention_mgpu", work=hopper, exp_warpgroups=2, issue_warps=0)
-            },
-        ),
-        Entry(
-            case="bench.peer_kernels:tokamax_forward",
-            target=H200,
-            options={"chip": "sm90"},
-            steps={
-                "": step(name="tokamax forward sm_90", work=hopper, exp_warpgroups=2, issue_warps=0)
-            },
-        ),
+        Entry(case="bench.peer_kernels:tokamax_backward", target=B200, steps=tokamax),
     ]
+
+
+def _forward_h200() -> list[Entry]:
+    step: dict[str, Any] = {
+        "work": cycles.forward_step(tiles=2, rows=64, keys=128, head_dim=128),
+        "exp_warpgroups": 2,
+        "issue_warps": 0,
+    }
+    peers = "bench.peer_kernels"
+    sm90 = {"chip": "sm90"}
+    return [
+        _entry("hopper_cases:compiled", H200, "forward sm_90", **step),
+        _entry(f"{peers}:jax_hopper_forward", H200, "jax attention_mgpu", **step),
+        _entry(f"{peers}:tokamax_forward", H200, "tokamax forward sm_90", options=sm90, **step),
+    ]
+
+
+def _decode() -> list[Entry]:
+    """Rows of one and of two tiles; a step is a block of 128 slots of the cache."""
+    found = []
+    for target, kernel, rows in ((B200, "sm_100", 128), (H200, "sm_90", 64)):
+        for tiles, op, tokens in ((1, "decode", 1), (2, "ancestor", rows // 4 + 1)):
+            staged = kernel == "sm_90"
+            work = cycles.decode_step(tiles=tiles, rows=rows, keys=128, head_dim=128, staged=staged)
+            options = {"kernel": kernel, "op": f"{op}_attention", "tokens": tokens}
+            found.append(
+                _entry(
+                    "decode_cases:program",
+                    target,
+                    f"{'decode' if tiles == 1 else 'tree, 2 tiles'} {kernel}",
+                    options=options,
+                    work=work,
+                    exp_warpgroups=tiles,
+                    bodies=tiles,
+                    issue_warps=0 if staged else 1,
+                )
+            )
+    return found
 
 
 def measure(entry: Entry) -> list[dict[str, object]]:

@@ -66,7 +66,8 @@ def tokamax_forward(
 
     if chip == "sm100":
         kernel = sm100.flash_attention_kernel
-        config = sm100.Config(block_q=128, block_kv=128, num_stages=2, collective=collective)
+        block_q = 256 if collective else 128  # of a pair of blocks, of one
+        config = sm100.Config(block_q=block_q, block_kv=128, num_stages=2, collective=collective)
     else:
         kernel = sm90.flash_attention_kernel
         config = sm90.Config(block_q=64, block_kv=128, num_stages=2)

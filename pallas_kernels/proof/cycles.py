@@ -1,9 +1,10 @@
 """How many clocks of an SM a step of a kernel must take, and how many its instructions ask for.
 
-The bound follows from tile sizes alone: matrix products, exponentials and bytes of shared memory,
-each at the SM's rate. What is achieved is counted in the machine code of the loops: issue slots
-and special functions of all warps that share a scheduler. Both are clocks of one step of one
-block, when every unit is busy and nothing waits; a model for comparing kernels, not a prediction.
+The bound follows from tile sizes alone: matrix products, exponentials, bytes of shared memory and,
+where nothing is read twice, bytes of the GPU's memory, each at the SM's rate. What is achieved is
+counted in the machine code of the loops: issue slots and special functions of all warps that share
+a scheduler. Both are clocks of one step of one block, when every unit is busy and nothing waits; a
+model for comparing kernels, not a prediction.
 """
 
 import dataclasses
@@ -24,12 +25,14 @@ class Work:
     mma_flops: int = 0
     exponentials: int = 0
     shared_bytes: int = 0
+    memory_bytes: int = 0
 
     def __add__(self, other: "Work") -> "Work":
         return Work(
             mma_flops=self.mma_flops + other.mma_flops,
             exponentials=self.exponentials + other.exponentials,
             shared_bytes=self.shared_bytes + other.shared_bytes,
+            memory_bytes=self.memory_bytes + other.memory_bytes,
         )
 
     def __mul__(self, times: int) -> "Work":
@@ -37,6 +40,7 @@ class Work:
             mma_flops=times * self.mma_flops,
             exponentials=times * self.exponentials,
             shared_bytes=times * self.shared_bytes,
+            memory_bytes=times * self.memory_bytes,
         )
 
     def clocks(self, target: Target) -> dict[str, float]:
@@ -45,6 +49,7 @@ class Work:
             "mma": self.mma_flops / target.mma_flops_per_clock,
             "exp": self.exponentials / target.exp_per_clock,
             "shared": self.shared_bytes / target.shared_bytes_per_clock,
+            "memory": self.memory_bytes / target.memory_bytes_per_clock,
         }
 
     def bound(self, target: Target) -> float:
@@ -52,9 +57,14 @@ class Work:
         return max(self.clocks(target).values())
 
 
-def product(rows: int, columns: int, depth: int, *, left_in_shared: bool = True) -> Work:
-    """A product of 16-bit matrices; the right operand is in shared memory, mostly the left too."""
-    read = columns * depth + (rows * depth if left_in_shared else 0)
+def product(
+    rows: int, columns: int, depth: int, *, left_in_shared: bool = True, sms: int = 1
+) -> Work:
+    """A product of 16-bit matrices; the right operand is in shared memory, mostly the left too.
+
+    With two SMs that multiply together, each holds one half of the right operand.
+    """
+    read = columns * depth // sms + (rows * depth if left_in_shared else 0)
     return Work(mma_flops=2 * rows * columns * depth, shared_bytes=2 * read)
 
 
@@ -63,14 +73,25 @@ def copy(rows: int, columns: int) -> Work:
     return Work(shared_bytes=2 * rows * columns)
 
 
-def forward_step(*, tiles: int, rows: int, keys: int, head_dim: int) -> Work:
-    """Scores, weights and values of `tiles` query tiles against one block of keys.
+def forward_step(*, tiles: int, rows: int, keys: int, head_dim: int, sms: int = 1) -> Work:
+    """Scores, weights and values of an SM's query tiles against one block of keys.
 
     The weights are the left operand of the second product and are not in shared memory.
     """
-    one = product(rows, keys, head_dim) + product(rows, head_dim, keys, left_in_shared=False)
+    one = product(rows, keys, head_dim, sms=sms)
+    one = one + product(rows, head_dim, keys, left_in_shared=False, sms=sms)
     one = one + Work(exponentials=rows * keys)
-    return one * tiles + copy(keys, head_dim) * 2
+    return one * tiles + copy(keys // sms, head_dim) * 2
+
+
+def decode_step(*, tiles: int, rows: int, keys: int, head_dim: int, staged: bool) -> Work:
+    """The same where every block of keys and values comes from the GPU's memory, once.
+
+    Weights that are `staged` pass through shared memory.
+    """
+    read = Work(memory_bytes=copy(keys, head_dim).shared_bytes * 2)
+    weights = copy(rows, keys) * (2 * tiles if staged else 0)
+    return forward_step(tiles=tiles, rows=rows, keys=keys, head_dim=head_dim) + read + weights
 
 
 def key_value_gradient_step(*, tile: int, head_dim: int) -> Work:
@@ -122,7 +143,8 @@ class Achieved:
     @property
     def clocks(self) -> float:
         """Clocks of the busiest unit with the instructions that there are."""
-        return max(self.issue, self.special, self.work["mma"], self.work["shared"])
+        work = (self.work[unit] for unit in ("mma", "shared", "memory"))
+        return max(self.issue, self.special, *work)
 
 
 def exp_loops(kernel: CompiledKernel, bodies: int) -> list[Counts]:

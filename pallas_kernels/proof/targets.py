@@ -26,6 +26,11 @@ class Target:
     tensor_columns: int = 0  # columns of tensor memory, 0 where there is none
     shared_bytes: int = 232_448  # that one block may use
 
+    @property
+    def memory_bytes_per_clock(self) -> float:
+        """One SM's part of the memory bandwidth."""
+        return self.memory_bandwidth / (self.num_sms * self.clock_ghz * 1e9)
+
     def description(self) -> str:
         """The text proto that XLA's compile-only client takes as `target_config`."""
         return f"""gpu_device_info {{

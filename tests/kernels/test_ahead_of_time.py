@@ -89,6 +89,23 @@ def test_a_second_query_tile_shares_the_copies_of_keys():
     assert two.bound(B200) == 2 * 1024
 
 
+def test_two_sms_together_read_half_of_keys_and_values_each():
+    one, two = (
+        cycles.forward_step(tiles=1, rows=128, keys=128, head_dim=128, sms=n).clocks(B200)
+        for n in (1, 2)
+    )
+    # Keys and values once as they arrive and once in the products, of 32 KB each.
+    assert one["shared"] - two["shared"] == 4 * 32 * 1024 / 2 / B200.shared_bytes_per_clock
+    assert two["mma"] == one["mma"]
+
+
+@pytest.mark.parametrize(("target", "rows"), [(B200, 128), (H200, 64)])
+def test_decoding_is_bound_by_memory_even_with_two_tiles(target, rows):
+    step = cycles.decode_step(tiles=2, rows=rows, keys=128, head_dim=128, staged=rows == 64)
+    gpu_bytes_per_clock = target.memory_bandwidth / target.clock_ghz / 1e9
+    assert step.bound(target) == pytest.approx(64 * 1024 * target.num_sms / gpu_bytes_per_clock)
+
+
 def test_backward_steps_have_seven_products():
     keys = cycles.key_value_gradient_step(tile=128, head_dim=128).clocks(B200)
     query = cycles.query_gradient_step(tile=128, head_dim=128).clocks(B200)
