@@ -17,7 +17,7 @@ def project(
     bias: Float[Array, "*O"] | None = None,
     dtype: DTypeLike | None = None,
 ) -> Float[Array, "B T *O"]:
-    """Product x @ weights + bias over all axes of the weights but the first, in x's dtype unless told.
+    """Sum over the last axis of x and the first of the weights, + bias, in x's dtype unless told.
 
     Sums are float32. For few tokens XLA's CPU backend rearranges all weights at every product,
     and reads bfloat16 ones at half the memory's speed. Where it has one thread, weights are added
