@@ -1,5 +1,7 @@
 """Products of activations and weights, in the form that XLA computes fastest."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float
@@ -7,7 +9,8 @@ from jaxtyping import Array, DTypeLike, Float
 from ssd_jax.cpu_clients import computes_on_one_thread
 
 _ROWS_AT_ONCE = 8  # rows of weights one pass adds up; more need more registers than there are
-_MOST_TOKENS = {"float32": 8, "bfloat16": 3}
+_LONG_ROW = 4096  # outputs that make a pass long enough for the memory to keep up
+_MOST_TOKENS = {"float32": 8, "bfloat16": 2}
 _CACHED_WEIGHTS = 2**20  # smaller matrices stay in a core's cache, where XLA's own product is good
 
 
@@ -63,18 +66,23 @@ def _pays_by_rows(x: Float[Array, "B T I"], weights: Float[Array, "I *O"]) -> bo
 
 def _add_rows(x: Float[Array, "B T I"], weights: Float[Array, "I *O"]) -> Float[Array, "B T *O"]:
     """The product in float32 as a sum of weight rows, each times one number a token."""
-    rows = x.reshape(-1, x.shape[2]).astype(jnp.float32)
-    weights_2d = weights.reshape(x.shape[2], -1)
+    width, outputs = x.shape[2], math.prod(weights.shape[1:])
+    # Rows that are short for a memory page are taken side by side, and summed in the end.
+    beside = math.gcd(
+        width // _ROWS_AT_ONCE, 2 ** math.ceil(math.log2(max(1, _LONG_ROW / outputs)))
+    )
+    rows = x.reshape(-1, width // beside, beside, 1).astype(jnp.float32)
+    weights_3d = weights.reshape(width // beside, beside, outputs)
 
-    def add(step: Array, total: Float[Array, "M O"]) -> Float[Array, "M O"]:
+    def add(step: Array, total: Float[Array, "M G O"]) -> Float[Array, "M G O"]:
         first = step * _ROWS_AT_ONCE
         # One slice a row: XLA reads it in place, while it would copy a slice of several rows.
         for i in range(_ROWS_AT_ONCE):
-            factor = jax.lax.dynamic_slice_in_dim(rows, first + i, 1, axis=1)
-            row = jax.lax.dynamic_slice_in_dim(weights_2d, first + i, 1, axis=0)
+            factor = jax.lax.dynamic_index_in_dim(rows, first + i, axis=1, keepdims=False)
+            row = jax.lax.dynamic_index_in_dim(weights_3d, first + i, axis=0, keepdims=False)
             total = total + factor * row.astype(jnp.float32)
         return total
 
-    nothing = jnp.zeros((rows.shape[0], weights_2d.shape[1]), jnp.float32)
-    total = jax.lax.fori_loop(0, x.shape[2] // _ROWS_AT_ONCE, add, nothing)
-    return total.reshape(*x.shape[:2], *weights.shape[1:])
+    nothing = jnp.zeros((rows.shape[0], beside, outputs), jnp.float32)
+    total = jax.lax.fori_loop(0, rows.shape[1] // _ROWS_AT_ONCE, add, nothing)
+    return jnp.sum(total, axis=1).reshape(*x.shape[:2], *weights.shape[1:])

@@ -41,8 +41,8 @@ def loops_of(x, weights):
 @given(
     num_rows=st.integers(1, 3),
     num_tokens=st.integers(1, 3),
-    width=st.sampled_from([8, 64, 136]),
-    outputs=st.sampled_from([(1,), (40,), (3, 8), (2, 3, 4)]),
+    width=st.sampled_from([8, 64, 136, 192]),
+    outputs=st.sampled_from([(1,), (40,), (3, 8), (2, 3, 4), (1500,), (4097,)]),
     dtype=st.sampled_from([jnp.float32, jnp.bfloat16]),
 )
 def test_rows_add_up_to_the_product(num_rows, num_tokens, width, outputs, dtype):
@@ -73,8 +73,8 @@ def test_both_forms_give_the_same(one_thread, dtype, wanted):
         (jnp.float32, 1, 1),
         (jnp.float32, 8, 1),
         (jnp.float32, 9, 0),
-        (jnp.bfloat16, 3, 1),
-        (jnp.bfloat16, 4, 0),
+        (jnp.bfloat16, 2, 1),
+        (jnp.bfloat16, 3, 0),
         (jnp.float16, 1, 0),
     ],
 )
