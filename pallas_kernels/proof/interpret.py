@@ -27,6 +27,9 @@ from jax.sharding import AbstractDevice, AbstractMesh
 
 # Fewer threads than blocked barrier waits and XLA's CPU pool never gets to the one that arrives.
 _THREADS = "16"
+# Copies and products that run beside the threads take turns in this many places of the vector
+# clocks. Two in the same place look ordered though they are not: with JAX's 5, races go unseen.
+_ASYNCHRONOUS_PLACES = 2048
 _PLATFORMS = {"sm_100": "NVIDIA B200", "sm_90": "NVIDIA H200"}
 _KEPT_LOG = 4000
 
@@ -51,7 +54,12 @@ def params(*, detect_races: bool = True) -> plgpu.InterpretGPUParams:
     # Unless told otherwise JAX 0.12 raises at a race, which may hang; 0.11 has no such option.
     known = {field.name for field in dataclasses.fields(plgpu.InterpretGPUParams)}
     warn: dict[str, Any] = {"on_race": "warn"} if "on_race" in known else {}
-    return plgpu.InterpretGPUParams(detect_races=detect_races, uninitialized_memory="nan", **warn)
+    return plgpu.InterpretGPUParams(
+        detect_races=detect_races,
+        uninitialized_memory="nan",
+        num_tma_threads_per_device=_ASYNCHRONOUS_PLACES,
+        **warn,
+    )
 
 
 @contextlib.contextmanager

@@ -89,6 +89,7 @@ SLOW_FAULTS = {
     "barrier scores_ready": {},
     "barrier values_used": {},
     "barrier weights_used": {"head_dim": 128, "overlay": "wait"},
+    "commit keys_used": {},
     "commit product_done": {},
     "commit values_used": {},
     "commit_smem": {},
