@@ -6,11 +6,7 @@ started before: P(j-1) V(j-1) runs behind S(j) = Q K(j)^T.
 
 Source: FlashAttention-3 (Shah et al. 2024), section 3.2, the two-stage pipeline in a warpgroup.
 
-The interpreter knows `wgmma` neither with a left operand in registers nor with an accumulator that
-starts from a value. With `HopperConfig(interpretable=True)` the weights go through shared memory
-and each product has an accumulator of its own: these statements differ, all others (loads,
-barriers, masks, softmax, pipeline) are those of the kernel for the GPU. It also completes every
-`wgmma` at once, so it cannot see a missing wait for one.
+JAX's interpreter lacks what the kernel needs of `wgmma`; `proof.wgmma` adds it.
 """
 
 import dataclasses
@@ -41,12 +37,10 @@ class HopperConfig:
     Args:
         block_kv: keys of one step.
         stages: blocks of keys, and of values, in shared memory.
-        interpretable: use only what the interpreter knows; slower on a GPU.
     """
 
     block_kv: int = 128
     stages: int = 2
-    interpretable: bool = False
 
     def __post_init__(self) -> None:
         if self.block_kv % 64 or not 64 <= self.block_kv <= 256:
@@ -103,7 +97,7 @@ def attention(
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
     """The attended values and the natural LSE; see `reference.attention`.
 
-    `interpret` goes to Pallas (interpreter parameters); `config` must then be interpretable.
+    `interpret` goes to Pallas (interpreter parameters).
     """
     del soft_cap, window
     config = config or HopperConfig()
@@ -172,7 +166,7 @@ class _Kernel:
         def tile(*shape: int) -> Ref:
             return tiled_smem(shape, self.dtype)
 
-        scratch = {
+        return {
             "queries": tile(COMPUTE_WARPGROUPS, TILE_ROWS, self.head_dim),
             "keys": tile(stages, block_kv, self.head_dim),
             "values": tile(stages, block_kv, self.head_dim),
@@ -182,11 +176,7 @@ class _Kernel:
             "values_full": plgpu.Barrier(num_barriers=stages),
             "keys_free": plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=stages),
             "values_free": plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=stages),
-            "weights": None,
         }
-        if self.config.interpretable:
-            scratch["weights"] = tile(COMPUTE_WARPGROUPS, TILE_ROWS, block_kv)
-        return scratch
 
     def body(
         self,
@@ -291,7 +281,6 @@ class _Kernel:
         values_full: Ref,
         keys_free: Ref,
         values_free: Ref,
-        weights: Ref,
     ) -> None:
         """64 queries against all their keys."""
         stages, block_kv = jnp.int32(self.config.stages), self.config.block_kv
@@ -304,18 +293,13 @@ class _Kernel:
             plgpu.wgmma(accumulator, queries, keys.at[lax.rem(step, stages)].transpose((1, 0)))
 
         def start_values(accumulator: Ref, total: Ref, part: Ref, step: Ref) -> None:
-            if self.config.interpretable:
-                weights.at[warpgroup][...] = part
-                plgpu.commit_smem()
-                part = weights.at[warpgroup]
-            else:
-                accumulator[...] = total
+            accumulator[...] = total
             plgpu.wgmma(accumulator, part, values.at[lax.rem(step, stages)])
 
-        def finish_values(accumulator: Ref, total: Ref, step: Ref) -> Ref:
+        def finish_values(accumulator: Ref, step: Ref) -> Ref:
             found = plgpu.wgmma_accumulator_load(accumulator, wait_n=0)
             plgpu.barrier_arrive(values_free.at[lax.rem(step, stages)])
-            return total + found if self.config.interpretable else found
+            return found
 
         def softmax(scores: Ref, step: Ref, largest: Ref, masked: bool) -> Ref:
             """Weights, their row sums, the new row maxima and the factor for older sums."""
@@ -346,7 +330,7 @@ class _Kernel:
                 scores = plgpu.wgmma_accumulator_load(score_acc, wait_n=1)
                 plgpu.barrier_arrive(keys_free.at[lax.rem(step, stages)])
                 found, added, largest, shrink = softmax(scores, step, largest, masked)
-                total = finish_values(out_acc, total, step - 1)
+                total = finish_values(out_acc, step - 1)
                 total = total * lax.broadcast_in_dim(shrink, total.shape, [0])
                 return total, found.astype(self.dtype), weight * shrink + added, largest
 
@@ -372,7 +356,7 @@ class _Kernel:
 
         def last_values(accumulator: Ref) -> Ref:
             start_values(accumulator, total, part, place.num_steps - 1)
-            return finish_values(accumulator, total, place.num_steps - 1)
+            return finish_values(accumulator, place.num_steps - 1)
 
         plgpu.barrier_wait(values_full.at[lax.rem(place.num_steps - 1, stages)])
         total = pl.run_scoped(last_values, out_accumulator)

@@ -104,10 +104,12 @@ def run_case(
 def _run_here(case: str, chip: str, arguments: str, report: str) -> None:
     from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call as interpreter
 
+    from pallas_kernels.proof import wgmma
+
     module, function = case.split(":")
     figures, races, error = {}, False, None
     try:
-        with abstract_gpu(chip):
+        with abstract_gpu(chip), wgmma.modelled():
             figures = getattr(importlib.import_module(module), function)(**json.loads(arguments))
         races = interpreter.get_races().races_found
     except Exception as exception:

@@ -44,7 +44,7 @@ def accuracy(
         scale=head_dim**-0.5,
         soft_cap=None,
         window=None,
-        config=HopperConfig(interpretable=True, **config),
+        config=HopperConfig(**config),
         interpret=interpret.params(),
     )
     blind = np.isneginf(want_lse)

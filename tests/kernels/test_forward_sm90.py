@@ -1,4 +1,4 @@
-"""The Hopper forward kernel in the interpreter: values and races of its interpretable form."""
+"""The Hopper forward kernel in the interpreter: values and races."""
 
 import jax
 import pytest

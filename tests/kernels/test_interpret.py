@@ -1,11 +1,19 @@
+import pytest
+
 from pallas_kernels.proof.interpret import run_case
 
 
-def test_run_case_returns_the_figures_of_a_right_kernel():
-    outcome = run_case("interpreter_cases:hand_over", arrives=True, waits=True)
+@pytest.mark.parametrize(
+    ("case", "chip", "arguments"),
+    [
+        ("hand_over", "sm_100", {"arrives": True, "waits": True}),
+        ("product", "sm_90", {"waits": True, "overwrites": False}),
+    ],
+)
+def test_run_case_returns_the_figures_of_a_right_kernel(case, chip, arguments):
+    outcome = run_case(f"interpreter_cases:{case}", chip=chip, **arguments)
     assert outcome.error is None, outcome.log
     assert outcome.figures == {"right": True}
-    assert not outcome.races
     assert not outcome.detected
 
 
@@ -13,6 +21,15 @@ def test_run_case_sees_a_race():
     outcome = run_case("interpreter_cases:hand_over", arrives=False, waits=False)
     assert outcome.races
     assert outcome.detected
+
+
+@pytest.mark.parametrize(("waits", "overwrites"), [(True, True), (False, False)])
+def test_run_case_sees_that_products_on_hopper_take_time(waits, overwrites):
+    outcome = run_case(
+        "interpreter_cases:product", chip="sm_90", waits=waits, overwrites=overwrites
+    )
+    assert outcome.detected
+    assert outcome.races == waits
 
 
 def test_run_case_ends_a_deadlock():
