@@ -13,6 +13,7 @@ import dataclasses
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -32,6 +33,18 @@ _THREADS = "16"
 _ASYNCHRONOUS_PLACES = 2048
 _PLATFORMS = {"sm_100": "NVIDIA B200", "sm_90": "NVIDIA H200"}
 _KEPT_LOG = 4000
+_RACE = "RACE DETECTED"
+_TOO_LATE = "no result after"
+# What the interpreter's errors say about a rule of synchronisation that a kernel violates.
+_RULES = {
+    "deadlock": re.compile(_TOO_LATE),
+    "barrier": re.compile(
+        "no threads observed phase|only observed|is waiting at barrier|is awaiting phase|"
+        "arrivals pending"
+    ),
+    "union": re.compile("ref unions are only safe"),
+    "unfinished": re.compile("operations completed before|is used while its product is in flight"),
+}
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,9 +57,16 @@ class Outcome:
     log: str
 
     @property
-    def detected(self) -> bool:
-        """Whether the interpreter refused the case: a race, a misused barrier or a deadlock."""
-        return self.races or self.error is not None
+    def detection(self) -> str | None:
+        """How the interpreter refused the synchronisation of the case, or None if it did not.
+
+        "race", "deadlock", or one of the rules whose violation it raises as an error: "barrier",
+        "union" and "unfinished". A case that fails for another reason is not refused.
+        """
+        if self.races:
+            return "race"
+        rules = (rule for rule, words in _RULES.items() if words.search(self.error or ""))
+        return next(rules, None)
 
 
 def params(*, detect_races: bool = True) -> plgpu.InterpretGPUParams:
@@ -93,12 +113,13 @@ def run_case(
                 )
                 failure = f"the process ended with exit code {process.returncode}"
             except subprocess.TimeoutExpired:
-                failure = f"no result after {timeout} seconds"
+                failure = f"{_TOO_LATE} {timeout} seconds"
             log.seek(0)
-            text = log.read()[-_KEPT_LOG:]
-        if not report.exists():
-            return Outcome(figures={}, races=False, error=failure, log=text)
-        return Outcome(**json.loads(report.read_text()), log=text)
+            text = log.read()
+        found = {"figures": {}, "races": _RACE in text, "error": failure}
+        if report.exists():
+            found = json.loads(report.read_text())
+        return Outcome(**found, log=text[-_KEPT_LOG:])
 
 
 def _run_here(case: str, chip: str, arguments: str, report: str) -> None:
@@ -111,11 +132,12 @@ def _run_here(case: str, chip: str, arguments: str, report: str) -> None:
     try:
         with abstract_gpu(chip), wgmma.modelled():
             figures = getattr(importlib.import_module(module), function)(**json.loads(arguments))
-        races = interpreter.get_races().races_found
     except Exception as exception:
         traceback.print_exc()
-        races = "RACE" in str(exception)
-        error = f"{type(exception).__name__}: {exception}"[:_KEPT_LOG]
+        races = _RACE in str(exception)
+        error = f"{type(exception).__name__}: {str(exception)[-_KEPT_LOG:]}"
+    with contextlib.suppress(AssertionError):  # no kernel ran
+        races |= interpreter.get_races().races_found
     partial = Path(report).with_suffix(".partial")
     partial.write_text(json.dumps({"figures": figures, "races": bool(races), "error": error}))
     partial.rename(report)

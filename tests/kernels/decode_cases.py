@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+from faults import without
 
 from pallas_kernels import decode_sm90, decode_sm100
 from pallas_kernels.decode_splits import DecodeConfig
@@ -131,26 +132,7 @@ def paged(rng, keys, values, page_slots):
     return pool(keys), pool(values), order.reshape(batch, per_row).astype(np.int32)
 
 
-def without(*, fault, kernel, **arguments):
-    """`rows_and_limits` with one kind of synchronisation left out of the kernel.
-
-    `fault` names a barrier nobody waits for any more, or a function of plgpu that does nothing.
-    """
-    module = MODULES[kernel]
-    plgpu, block, wait = module.plgpu, module._block, module.plgpu.barrier_wait
-    if hasattr(plgpu, fault):
-        setattr(plgpu, fault, lambda: None)
+def faulty(*, fault, kernel, **arguments):
+    """`rows_and_limits` of a kernel without one piece of its synchronisation."""
+    with without(fault, MODULES[kernel], "_block"):
         return rows_and_limits(kernel=kernel, **arguments)
-    unawaited = []
-
-    def block_without(*arguments):
-        unawaited.append(arguments[-1][fault])
-        block(*arguments)
-
-    def wait_unless(barrier):
-        if not any(barrier.ref is one for one in unawaited):
-            wait(barrier)
-
-    module._block = block_without
-    setattr(plgpu, wait.__name__, wait_unless)
-    return rows_and_limits(kernel=kernel, **arguments)

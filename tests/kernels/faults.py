@@ -6,26 +6,42 @@ from unittest import mock
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 WITHOUT_NAME = ("commit_tmem", "wait_load_tmem", "commit_smem", "wait_smem_to_gmem")
+PRODUCT_WAIT = "wgmma wait"
+
+
+def expected(fault):
+    """How the interpreter must refuse a kernel with that fault; see `Outcome.detection`.
+
+    Who no longer waits for a barrier runs ahead, and so may break the rule that somebody observes
+    that barrier, or the next one, before there is a race to be seen.
+    """
+    if fault == PRODUCT_WAIT:
+        return {"unfinished"}
+    if fault == "wait_smem_to_gmem":
+        return {"race", "unfinished"}
+    return {"race", "barrier"} if fault.startswith(("wait ", "barrier ")) else {"race"}
 
 
 @contextlib.contextmanager
-def without(fault, call):
+def without(fault, owner, name="body"):
     """Kernels traced inside lack `fault`.
 
-    Of a barrier, by its name among the scratch buffers of `call.body`: "wait NAME" leaves out its
-    waits, "barrier NAME" its waits and its arrivals, and "commit NAME" lets its arrivals no longer
-    wait for the tensor core. The names of `WITHOUT_NAME` leave out that call everywhere.
+    Of a barrier, by its name among the scratch buffers of the function `owner.name`, which takes
+    them by name or in one dictionary at the end: "wait NAME" leaves out its waits, "barrier NAME"
+    its waits and its arrivals, and "commit NAME" lets its arrivals no longer wait for the tensor
+    core. The names of `WITHOUT_NAME` leave out that call everywhere, and `PRODUCT_WAIT` the waits
+    for products of wgmma where their sums are loaded.
     """
-    what, _, name = fault.partition(" ")
+    what, _, barrier_name = fault.partition(" ")
     scratch_seen, skipped = {}, []
-    body = call.body
+    body = getattr(owner, name)
 
-    def watched_body(self, *arrays, **scratch):
-        scratch_seen.update(scratch)
-        return body(self, *arrays, **scratch)
+    def watched_body(*arguments, **scratch):
+        scratch_seen.update(scratch or next(x for x in arguments if isinstance(x, dict)))
+        return body(*arguments, **scratch)
 
     def is_meant(barrier):
-        return getattr(barrier, "ref", barrier) is scratch_seen[name]
+        return getattr(barrier, "ref", barrier) is scratch_seen[barrier_name]
 
     def without_barrier(do):
         def leave_out(barrier, *rest, **options):
@@ -42,15 +58,21 @@ def without(fault, call):
     def nothing(*_, **__):
         skipped.append(what)
 
+    def load(accumulator, *, wait_n=0, load=plgpu.wgmma_accumulator_load):
+        del wait_n
+        skipped.append(what)
+        return load(accumulator, wait_n=None)
+
     handshake = ("barrier_wait", "barrier_arrive", "tcgen05_commit_arrive")
     replacements = {
         "wait": {"barrier_wait": without_barrier(plgpu.barrier_wait)},
         "barrier": {one: without_barrier(getattr(plgpu, one)) for one in handshake},
         "commit": {"tcgen05_commit_arrive": commit},
+        "wgmma": {"wgmma_accumulator_load": load},
         **{one: {one: nothing} for one in WITHOUT_NAME},
     }
     with (
-        mock.patch.object(call, "body", watched_body),
+        mock.patch.object(owner, name, watched_body),
         mock.patch.multiple(plgpu, **replacements[what]),
     ):
         yield

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from faults import PRODUCT_WAIT, expected
 
 from pallas_kernels import decode_sm100
 from pallas_kernels.proof.interpret import run_case
@@ -36,24 +37,27 @@ SLOW_CASES = {
     },
     "one stage": {"num_rows": 8, "kv_stages": 1, "split_blocks": 4},
 }
-BARRIERS = (
-    "rows_ready",
-    "masks_ready",
-    "keys_ready",
-    "values_ready",
-    "keys_free",
-    "values_free",
-    "scores_ready",
-    "weights_ready",
-    "scores_free",
-    "out_ready",
+# Of both kernels, then of the Blackwell one, then of the Hopper one.
+LOADED = ("wait rows_ready", "wait masks_ready", "wait keys_ready", "wait values_ready")
+FREE = ("barrier keys_free", "barrier values_free", "commit_smem", "wait_smem_to_gmem")
+TENSOR = (
+    "barrier scores_ready",
+    "barrier weights_ready",
+    "barrier scores_free",
+    "barrier out_ready",
+    "commit keys_free",
+    "commit values_free",
+    "commit scores_ready",
+    "commit scores_free",
+    "commit out_ready",
+    "wait_load_tmem",
+    "commit_tmem",
 )
-FAULTS = (*BARRIERS, "wait_load_tmem", "commit_tmem", "commit_smem")
-QUICK_FAULTS = ("values_free", "weights_ready")
-
-
-def some_slow(names, quick):
-    return [pytest.param(n, marks=() if n in quick else pytest.mark.slow) for n in names]
+FAULTS = [
+    *(("sm_100", fault) for fault in (*LOADED, *FREE, *TENSOR)),
+    *(("sm_90", fault) for fault in (*LOADED, *FREE, PRODUCT_WAIT)),
+]
+QUICK_FAULTS = [("sm_100", "barrier weights_ready"), ("sm_90", "barrier values_free")]
 
 
 QUICK = [("sm_100", "ragged"), ("sm_100", "tree"), ("sm_90", "pages")]
@@ -79,12 +83,18 @@ def test_values_and_races(kernel, case):
     assert (figures["blind"] > 0) == (0 in options.get("lengths", []))
 
 
-@pytest.mark.parametrize("fault", some_slow(FAULTS, QUICK_FAULTS))
-def test_a_missing_wait_is_detected(fault):
+@pytest.mark.parametrize("tiles", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("kernel", "fault"),
+    [pytest.param(*one, marks=() if one in QUICK_FAULTS else pytest.mark.slow) for one in FAULTS],
+)
+def test_a_missing_synchronisation_is_detected(kernel, fault, tiles):
     """Four blocks through two buffers, so that every buffer is used twice."""
-    arguments = {"fault": fault, "kernel": "sm_100", "num_rows": 8, "split_blocks": 4}
-    outcome = run_case("decode_cases:without", **arguments)
-    assert outcome.detected, outcome.figures
+    arguments = {"num_rows": 8 if tiles == 1 else 136, "tiles": tiles, "split_blocks": 4}
+    outcome = run_case(
+        "decode_cases:faulty", chip=kernel, timeout=90.0, kernel=kernel, fault=fault, **arguments
+    )
+    assert outcome.detection in expected(fault), outcome.log
 
 
 def shapes(head_dim=128, dtype=jnp.bfloat16, num_slots=1024, value_dtype=None):

@@ -14,32 +14,35 @@ def test_run_case_returns_the_figures_of_a_right_kernel(case, chip, arguments):
     outcome = run_case(f"interpreter_cases:{case}", chip=chip, **arguments)
     assert outcome.error is None, outcome.log
     assert outcome.figures == {"right": True}
-    assert not outcome.detected
+    assert outcome.detection is None
 
 
 def test_run_case_sees_a_race():
     outcome = run_case("interpreter_cases:hand_over", arrives=False, waits=False)
     assert outcome.races
-    assert outcome.detected
+    assert outcome.detection == "race"
 
 
-@pytest.mark.parametrize(("waits", "overwrites"), [(True, True), (False, False)])
-def test_run_case_sees_that_products_on_hopper_take_time(waits, overwrites):
-    outcome = run_case(
-        "interpreter_cases:product", chip="sm_90", waits=waits, overwrites=overwrites
-    )
-    assert outcome.detected
-    assert outcome.races == waits
+@pytest.mark.parametrize(
+    ("arguments", "detection"),
+    [
+        ({"waits": True, "overwrites": True}, "race"),
+        ({"waits": False, "overwrites": False}, "unfinished"),
+    ],
+)
+def test_run_case_sees_that_products_on_hopper_take_time(arguments, detection):
+    outcome = run_case("interpreter_cases:product", chip="sm_90", **arguments)
+    assert outcome.detection == detection, outcome.log
 
 
 def test_run_case_ends_a_deadlock():
     outcome = run_case("interpreter_cases:hand_over", arrives=False, waits=True, timeout=15.0)
     assert outcome.error is not None
     assert "no result after 15" in outcome.error
-    assert outcome.detected
+    assert outcome.detection == "deadlock"
 
 
 def test_run_case_reports_an_exception():
     outcome = run_case("interpreter_cases:failing")
     assert outcome.error == "ValueError: this case fails"
-    assert not outcome.races
+    assert outcome.detection is None
