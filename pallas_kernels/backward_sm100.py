@@ -26,6 +26,7 @@ from pallas_kernels.backward_tiles_sm100 import (
 )
 from pallas_kernels.compat import unsupported_jax
 from pallas_kernels.exp2 import LOG2_E
+from pallas_kernels.reference import zero_past
 from pallas_kernels.registry import Kernel
 
 type Shaped = jax.Array | jax.ShapeDtypeStruct
@@ -88,14 +89,15 @@ def attention_backward(
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B S K H"], Float[Array, "B S K H"]]:
     """Gradients of query, key and value; see `reference.attention_backward`.
 
-    `lse` is the natural logarithm. Keys at and past lengths[b] may hold anything finite. `config`
-    says how tensor memory is used, `interpret` goes to Pallas.
+    `lse` is the natural logarithm. `config` says how tensor memory is used, `interpret` goes to
+    Pallas.
     """
     del start, soft_cap, window
     num_tokens, num_slots = query.shape[1], key.shape[1]
     stats = _row_statistics(out, lse, out_gradient, lse_gradient)
     query, out_gradient = _padded(query), _padded(out_gradient)
-    key, value = _padded(key), _padded(value)
+    # Padding weighs nothing, but nothing times a NaN, or times the infinity of a product, is NaN.
+    key, value = (_padded(zero_past(x, lengths)) for x in (key, value))
     if lengths is None:
         limits = jnp.full((query.shape[0],), num_slots, jnp.int32)
     else:
@@ -116,15 +118,10 @@ def attention_backward(
     arrays = (query, key, value, out_gradient, stats)
     query_gradient = query_gradient_kernel(problem)(*arrays, limits)
     key_gradient, value_gradient = key_value_gradient_kernel(problem)(*arrays)
-    if lengths is not None:
-        seen = (jnp.arange(key.shape[1], dtype=jnp.int32) < limits[:, None])[:, :, None, None]
-        zero = jnp.zeros((), key.dtype)
-        key_gradient = jnp.where(seen, key_gradient, zero)
-        value_gradient = jnp.where(seen, value_gradient, zero)
     return (
         query_gradient[:, :num_tokens],
-        key_gradient[:, :num_slots],
-        value_gradient[:, :num_slots],
+        zero_past(key_gradient[:, :num_slots], lengths),
+        zero_past(value_gradient[:, :num_slots], lengths),
     )
 
 

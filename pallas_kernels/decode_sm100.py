@@ -302,11 +302,12 @@ def _softmax(
     carry = lax.fori_loop(place.first, place.unmasked, functools.partial(step, False), carry)
     top, total = lax.fori_loop(place.unmasked, place.last, functools.partial(step, True), carry)
     plgpu.barrier_wait(scratch["out_ready"].at[tile])
-    seen = total > 0
-    lse = top * log2_scale + jnp.log2(jnp.where(seen, total, jnp.float32(1)))
-    inverse = 1 / jnp.where(seen, total, jnp.float32(1))
+    blind = total == 0  # and not NaN
+    safe = jnp.where(blind, jnp.float32(1), total)
+    lse = top * log2_scale + jnp.log2(safe)
+    inverse = 1 / safe
     lse_smem, out_smem = scratch["lse_smem"].at[tile], scratch["out_smem"].at[tile]
-    store(lse_smem, jnp.where(seen, lse, -jnp.inf))
+    store(lse_smem, jnp.where(blind, -jnp.inf, lse))
     start_row = (place.group * shape.config.tiles + tile) * TILE_ROWS
     out_gmem, lse_gmem = refs[-2:]
     where = (place.row, place.head, place.split)

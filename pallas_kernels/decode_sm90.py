@@ -157,10 +157,10 @@ def _attend_tile(
     carry = lax.fori_loop(place.first, place.unmasked, functools.partial(step, False), carry)
     carry = lax.fori_loop(place.unmasked, place.last, functools.partial(step, True), carry)
     out, top, total = carry
-    seen = total > 0
-    safe = jnp.where(seen, total, jnp.float32(1))
+    blind = total == 0  # and not NaN
+    safe = jnp.where(blind, jnp.float32(1), total)
     lse_smem, out_smem = scratch["lse_smem"].at[tile], scratch["out_smem"][tile]
-    store(lse_smem, jnp.where(seen, top + jnp.log2(safe), -jnp.inf))
+    store(lse_smem, jnp.where(blind, -jnp.inf, top + jnp.log2(safe)))
     out = out * columns(1 / safe, head_dim)
     start_row = (place.group * shape.config.tiles + tile) * TILE_ROWS
     out_gmem, lse_gmem = refs[-2:]

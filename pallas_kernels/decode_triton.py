@@ -116,8 +116,9 @@ def attend_kernel(
         value = tl.load(values + slot[:, None] * head_dim + column, mask=inside, other=0.0)
         out = tl.dot(weights.to(value.dtype), value, out * factor[:, None])
         top = new_top
-    safe = tl.where(total > 0, total, 1.0)
-    lse = tl.where(total > 0, top + tl.log2(safe), float("-inf"))
+    blind = total == 0  # and not NaN
+    safe = tl.where(blind, 1.0, total)
+    lse = tl.where(blind, float("-inf"), top + tl.log2(safe))
     part = (head * num_splits + split) * num_rows
     tl.store(lses + part + row, lse, mask=exists)
     target = outs + part.to(tl.int64) * head_dim + row[:, None] * head_dim + column

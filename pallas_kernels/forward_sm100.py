@@ -33,8 +33,8 @@ def attention(
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
     """The attended values and the natural LSE of the scores; see `ops.attention`.
 
-    Keys and values past a row's length must be finite where they share a block with visible ones;
-    whole blocks past it are not read. `interpret` runs the kernel in the interpreter.
+    Values past a row's length must be finite where they share a block with visible ones; whole
+    blocks past it are not read. `interpret` runs the kernel in the interpreter.
     """
     batch, num_tokens, num_heads, head_dim = query.shape
     if config is None:

@@ -3,7 +3,8 @@
 Axis letters: B batch, T query tokens, S key/value slots, N query heads, K kv heads (N a multiple of
 K), H head dim, R branches, J steps of a branch. `scale` multiplies the scores, and is H**-0.5
 unless given. Every op takes the name of an implementation; without one the first runs that can
-compute the call, at the latest the XLA reference, which is the specification.
+compute the call, at the latest the XLA reference, which is the specification: also of what slots
+that nobody sees may hold, and of what NaN does.
 """
 
 import dataclasses

@@ -1,8 +1,13 @@
 """The specification of every attention op: straightforward XLA, float32 softmax, no blocking.
 
 Everything inside is float32 whatever the dtypes outside, and outputs have the dtype of the values.
-A query that sees no key at all gets zeros, and minus infinity as its LSE. Keys that nobody sees
-have the weight 0, so what they hold does not matter as long as it is finite.
+A query that sees no key at all gets zeros, and minus infinity as its LSE. Keys that nobody sees may
+hold anything, NaN included; values that nobody sees have the weight 0, so what they hold does not
+matter as long as it is finite. (For gradients, slots past a row's length may hold anything.)
+
+NaN in a key or value reaches every query that sees it; a NaN in a value may also reach, in its
+column, queries of the same kv head that do not see it, since 0 times NaN is NaN. Which of those it
+reaches differs between implementations. No other head and no other row is touched.
 """
 
 import jax
@@ -55,6 +60,7 @@ def attention_backward(
     """
     num_kv_heads, dtypes = key.shape[2], (query.dtype, key.dtype, value.dtype)
     visible = _visible_to_prompt(query.shape[1], key, lengths, start, causal, window)
+    key, value = zero_past(key, lengths), zero_past(value, lengths)
     query, key, value, out, out_gradient = (
         x.astype(jnp.float32) for x in (query, key, value, out, out_gradient)
     )
@@ -164,6 +170,16 @@ def tree_attention(
     out = out + jnp.sum(weights[..., num_slots:, None] * own_values, axis=-2)
     out = out.transpose(0, 3, 1, 2, 4).reshape(batch, num_branches, num_heads, head_dim)
     return out.astype(trunk_values.dtype)
+
+
+def zero_past(
+    x: Float[Array, "B S K H"], lengths: Int[Array, "B"] | None
+) -> Float[Array, "B S K H"]:
+    """X with zeros in the slots from lengths[b] on; as it is without lengths."""
+    if lengths is None:
+        return x
+    exists = jnp.arange(x.shape[1], dtype=lengths.dtype) < lengths[:, None]
+    return jnp.where(exists[:, :, None, None], x, jnp.zeros((), x.dtype))
 
 
 def _attend(

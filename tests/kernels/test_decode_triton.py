@@ -17,6 +17,14 @@ triton = pytest.importorskip(
 CASES = [
     {"num_rows": 4, "head_dim": 64, "dtype": "float16", "lengths": [130, 0], "with_bits": False},
     {"num_rows": 20, "head_dim": 128, "dtype": "float16", "lengths": [200], "with_bits": True},
+    {
+        "num_rows": 4,
+        "head_dim": 64,
+        "dtype": "float16",
+        "lengths": [200],
+        "with_bits": True,
+        "bad_slot": 150,
+    },
 ]
 CHIPS = (80, 86, 89, 120)
 SHARED_MEMORY = {80: 163, 86: 99, 89: 99, 120: 99}  # KiB that one block may have
@@ -38,6 +46,8 @@ def test_values():
         assert figures["relative_rms"] < 3e-3
         assert figures["lse"] < 2e-4
         assert figures["blind_right"]
+        assert figures["bad_right"]
+        assert (figures["bad"] > 0) == ("bad_slot" in case)
         assert (figures["blind"] > 0) == (0 in case["lengths"])
 
 

@@ -61,7 +61,10 @@ def attend(case):
     keys, values = rng.standard_normal((2, batch, 2, num_slots, case["head_dim"])).astype(low)
     slot = np.arange(num_slots)
     hidden = (slot >= lengths[:, None])[:, None, :, None]
-    keys, values = np.where(hidden, low.type(1e4), keys), np.where(hidden, low.type(-1e4), values)
+    keys = np.where(hidden, low.type(np.nan), keys)
+    values = np.where(hidden, ml_dtypes.finfo(low).max, values)
+    if "bad_slot" in case:
+        keys[0, 1, case["bad_slot"], 0] = np.nan
     drop = rng.integers(0, 70, (batch, num_rows), np.int32)
     limits = np.maximum(lengths[:, None] - drop, 0).astype(np.int32)
     distance = slot - limits[..., None]
@@ -84,14 +87,16 @@ def attend(case):
     arrays = (rows, keys, values, limits, words[..., 0], words[..., 1], lengths, outs, lses)
     decode_triton.attend_kernel[grid](*map(HostTensor, arrays), **constants)
     out, lse = decode_triton.combine(outs, lses, np.ones(leading, bool))
-    blind = np.isneginf(expected_lse)
+    blind, bad = np.isneginf(expected_lse), np.isnan(expected_lse)
+    out, lse = np.asarray(out), np.asarray(lse)
+    error, size = ((x[~bad] ** 2).mean() for x in (out - expected, expected))
     return {
-        "relative_rms": float(np.sqrt(np.mean((out - expected) ** 2) / np.mean(expected**2))),
-        "lse": float(np.max(np.abs(lse - expected_lse)[~blind])),
+        "relative_rms": float(np.sqrt(error / size)),
+        "lse": float(np.max(np.abs(lse - expected_lse)[~blind & ~bad])),
+        "bad": int(bad.sum()),
+        "bad_right": bool((np.isnan(lse) == bad).all() and (np.isnan(out) == bad[..., None]).all()),
         "blind": int(blind.sum()),
-        "blind_right": bool(
-            np.all(np.isneginf(lse) == blind) and np.all(np.asarray(out)[blind] == 0)
-        ),
+        "blind_right": bool(np.all(np.isneginf(lse) == blind) and np.all(out[blind] == 0)),
     }
 
 
