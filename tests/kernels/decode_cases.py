@@ -97,14 +97,21 @@ def rows_and_limits(
 
 
 def program(
-    *, kernel="sm_100", op="decode_attention", batch=1, tokens=1, head_dim=128, num_slots=8192
+    *,
+    kernel="sm_100",
+    op="decode_attention",
+    batch=1,
+    tokens=1,
+    head_dim=128,
+    num_slots=8192,
+    dtype="bfloat16",
 ):
     """The kernel inside an op on a cache of 8 kv heads with 4 query heads each, to be compiled."""
 
     def run(*arrays):
         return MODULES[kernel].KERNELS[op].run(*arrays, scale=head_dim**-0.5)
 
-    def array(*shape, dtype=jnp.bfloat16):
+    def array(*shape, dtype=dtype):
         return jax.ShapeDtypeStruct(shape, dtype)
 
     query = array(batch, tokens, 32, head_dim)

@@ -177,6 +177,8 @@ def test_backward_sm100_counts(head_dim, dtype, causal):
         (128, "bfloat16", False),
         pytest.param(64, "float16", True, marks=pytest.mark.slow),
         pytest.param(128, "float16", True, marks=pytest.mark.slow),
+        pytest.param(64, "bfloat16", False, marks=pytest.mark.slow),
+        pytest.param(128, "float16", False, marks=pytest.mark.slow),
     ],
 )
 def test_forward_sm90_counts(head_dim, dtype, causal):
@@ -192,20 +194,74 @@ def test_forward_sm90_counts(head_dim, dtype, causal):
         assert loop["STL"] == loop["LDL"] == 0
 
 
-@pytest.mark.parametrize("head_dim", [128, pytest.param(64, marks=pytest.mark.slow)])
-def test_forward_sm100_counts(head_dim):
+SPILLED = "window and soft cap"
+FORWARD_SM100 = {
+    "head dim 128": {},
+    "head dim 64": {"head_dim": 64},
+    "head dim 192": {"head_dim": 192},
+    "head dim 256": {"head_dim": 256},
+    "float16": {"dtype": "float16"},
+    "float16, head dim 64, causal": {"dtype": "float16", "head_dim": 64, "causal": True},
+    "float16, head dim 256, causal": {"dtype": "float16", "head_dim": 256, "causal": True},
+    "causal": {"causal": True, "kv_heads": 4},
+    "ragged": {"ragged": True, "batch": 4, "tokens": 1000, "slots": 1000},
+    "causal, soft cap": {"causal": True, "soft_cap": 50.0},
+    SPILLED: {"causal": True, "window": 1024, "soft_cap": 50.0},
+    "window and soft cap, head dim 256": {
+        "causal": True,
+        "window": 1024,
+        "soft_cap": 50.0,
+        "head_dim": 256,
+    },
+    "window, ragged": {"window": 512, "ragged": True, "batch": 4},
+}
+
+
+SPILLS = pytest.mark.xfail(
+    raises=AssertionError,
+    strict=True,
+    reason="spills 44 and 88 bytes",
+)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        "head dim 128",
+        *(
+            pytest.param(name, marks=[pytest.mark.slow, *([SPILLS] if name == SPILLED else [])])
+            for name in FORWARD_SM100
+            if name != "head dim 128"
+        ),
+    ],
+)
+def test_forward_sm100_counts(case):
+    options = FORWARD_SM100[case]
+    head_dim = options.get("head_dim", 128)
     config = forward_config(head_dim)
-    (kernel,) = compiled("forward_cases:compiled", B200, head_dim=head_dim)
+    (kernel,) = compiled("forward_cases:compiled", B200, **options)
     by_polynomial = config.polynomial_chunks * config.chunk
-    softmax = [loop for loop in kernel.hot_loops if loop[EXP]]
-    assert len(softmax) == config.tiles
-    for loop in softmax:
-        # A thread has a row: its scores, less those by polynomial, and the factor of older sums.
-        assert loop[EXP] == config.block_kv - by_polynomial + 1
-        assert loop["FFMA2"] >= (config.block_kv + 3 * by_polynomial) // 2
-    products = config.tiles * (head_dim // DEPTH + config.block_kv // DEPTH)
-    assert sum(loop.matrix_products for loop in kernel.hot_loops) == products
+    # Blocks that are seen in part come last, and those that a window begins in first.
+    masked = ("window" in options) + any(x in options for x in ("window", "causal", "ragged"))
+    loops = config.tiles * (1 + masked)
+    # A thread has a row: its scores, less those by polynomial, and the factor of older sums.
+    scores = config.block_kv + 1
+    assert kernel.counts[EXP] == loops * scores - config.tiles * by_polynomial
+    assert kernel.counts["MUFU.TANH"] == ("soft_cap" in options) * loops * config.block_kv
+    # The first product of an item comes before its loop.
+    over_head, over_block = head_dim // DEPTH, config.block_kv // DEPTH
+    assert kernel.counts.matrix_products == config.tiles * (2 * over_head + over_block)
     assert kernel.tensor_columns == config.tmem_columns(head_dim)
+    softmax = [loop for loop in kernel.hot_loops if loop[EXP]]
+    assert sorted(loop[EXP] for loop in softmax) == sorted(
+        config.tiles * ([scores - by_polynomial] + [scores] * masked)
+    )
+    for loop in softmax:
+        polynomials = scores - loop[EXP]
+        assert loop["FFMA2"] >= (config.block_kv + 3 * polynomials) // 2
+    assert sum(loop.matrix_products for loop in kernel.hot_loops) == config.tiles * (
+        over_head + over_block
+    )
 
 
 @pytest.mark.slow

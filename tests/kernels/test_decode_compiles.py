@@ -10,6 +10,8 @@ CASES = {
     "decode": {"op": "decode_attention"},
     "verify, head dim 64": {"op": "verify_attention", "tokens": 5, "head_dim": 64},
     "tree of 40, two tiles": {"op": "ancestor_attention", "tokens": 40},
+    "float16, head dim 64": {"op": "decode_attention", "head_dim": 64, "dtype": "float16"},
+    "float16, tree of 40": {"op": "ancestor_attention", "tokens": 40, "dtype": "float16"},
 }
 
 
@@ -44,6 +46,13 @@ HOPPER_CASES = {
     "decode": {"op": "decode_attention"},
     "verify, head dim 64": {"op": "verify_attention", "tokens": 5, "head_dim": 64},
     "tree of 20, two tiles": {"op": "ancestor_attention", "tokens": 20},
+    "float16, head dim 64": {"op": "decode_attention", "head_dim": 64, "dtype": "float16"},
+    "float16, head dim 64, tree of 20": {
+        "op": "ancestor_attention",
+        "tokens": 20,
+        "head_dim": 64,
+        "dtype": "float16",
+    },
 }
 
 
