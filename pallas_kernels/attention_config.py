@@ -1,7 +1,8 @@
 """How a Blackwell attention kernel is cut up, and what of an SM that takes.
 
-A configuration is fixed when a kernel is traced. It follows from the head dim alone, never from
-the batch or the number of rows, so that a row's result does not depend on its neighbours.
+A configuration is fixed when a kernel is traced. It follows from the head dim and the options,
+never from the batch or the number of rows, so that a row's result does not depend on its
+neighbours.
 """
 
 import dataclasses
@@ -135,14 +136,19 @@ class ForwardConfig:
         return None
 
 
-def forward_config(head_dim: int) -> ForwardConfig:
+def forward_config(
+    head_dim: int, *, soft_cap: float | None = None, window: int | None = None
+) -> ForwardConfig:
     """The configuration for a head dim of 64, 128, 192 or 256.
 
     64 has room for weights beside the scores. 192 fits with half the keys a step, 256 with one
     query tile and without prefetching: those run, but their tensor core waits for the softmax.
+    With a soft cap and a window together, 128 spills registers unless chunks are small.
     """
     if head_dim <= 64:
         return ForwardConfig(overlay="none", kv_stages=4, out_stages=4)
+    if head_dim <= 128 and soft_cap is not None and window is not None:
+        return ForwardConfig(chunk=16, polynomial_chunks=2)
     if head_dim <= 128:
         return ForwardConfig()
     if head_dim <= 192:

@@ -38,7 +38,7 @@ def attention(
     """
     batch, num_tokens, num_heads, head_dim = query.shape
     if config is None:
-        config = forward_config(head_dim)
+        config = forward_config(head_dim, soft_cap=soft_cap, window=window)
     schedule = Schedule(
         batch=batch,
         num_tokens=num_tokens,
@@ -106,7 +106,7 @@ def unsupported(
     config: ForwardConfig | None = None,
 ) -> str | None:
     """Why `attention` cannot compute this, or None."""
-    del lengths, start, causal, soft_cap, window
+    del lengths, start, causal
     head_dim = query.shape[-1]
     dtypes = {str(x.dtype) for x in (query, key, value)}
     if len(dtypes) > 1 or not dtypes <= {"bfloat16", "float16"}:
@@ -119,7 +119,8 @@ def unsupported(
         return f"has nothing to do for query {query.shape} and key {key.shape}"
     if scale <= 0:
         return f"needs a positive scale, not {scale}"
-    return unsupported_jax() or (config or forward_config(head_dim)).does_not_fit(head_dim)
+    config = config or forward_config(head_dim, soft_cap=soft_cap, window=window)
+    return unsupported_jax() or config.does_not_fit(head_dim)
 
 
 KERNELS = {"attention": Kernel(run=attention, unsupported=unsupported)}

@@ -73,7 +73,8 @@ def accuracy(
             value[row, length:] = poison
     key, value = jnp.asarray(key, dtype), jnp.asarray(value, dtype)
     options = {"causal": causal, "scale": head_dim**-0.5, "soft_cap": soft_cap, "window": window}
-    config = dataclasses.replace(forward_config(head_dim), **{"programs": 2, **settings})
+    config = forward_config(head_dim, soft_cap=soft_cap, window=window)
+    config = dataclasses.replace(config, **{"programs": 2, **settings})
     as_array = lambda x: None if x is None else jnp.asarray(x, jnp.int32)  # noqa: E731
     arrays = (query, key, value, as_array(lengths), as_array(start))
     reason = forward_sm100.unsupported(*arrays, **options)
@@ -113,7 +114,8 @@ def compiled(
     **settings,
 ):
     """The kernel and the shapes to compile it for."""
-    config = dataclasses.replace(forward_config(head_dim), **settings)
+    config = forward_config(head_dim, soft_cap=soft_cap, window=window)
+    config = dataclasses.replace(config, **settings)
     options = {"causal": causal, "scale": head_dim**-0.5, "soft_cap": soft_cap, "window": window}
     query = jax.ShapeDtypeStruct((batch, tokens, heads, head_dim), jnp.dtype(dtype))
     key = jax.ShapeDtypeStruct((batch, slots, kv_heads, head_dim), jnp.dtype(dtype))

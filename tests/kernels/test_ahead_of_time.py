@@ -194,7 +194,6 @@ def test_forward_sm90_counts(head_dim, dtype, causal):
         assert loop["STL"] == loop["LDL"] == 0
 
 
-SPILLED = "window and soft cap"
 FORWARD_SM100 = {
     "head dim 128": {},
     "head dim 64": {"head_dim": 64},
@@ -206,7 +205,7 @@ FORWARD_SM100 = {
     "causal": {"causal": True, "kv_heads": 4},
     "ragged": {"ragged": True, "batch": 4, "tokens": 1000, "slots": 1000},
     "causal, soft cap": {"causal": True, "soft_cap": 50.0},
-    SPILLED: {"causal": True, "window": 1024, "soft_cap": 50.0},
+    "window and soft cap": {"causal": True, "window": 1024, "soft_cap": 50.0},
     "window and soft cap, head dim 256": {
         "causal": True,
         "window": 1024,
@@ -217,28 +216,18 @@ FORWARD_SM100 = {
 }
 
 
-SPILLS = pytest.mark.xfail(
-    raises=AssertionError,
-    strict=True,
-    reason="spills 44 and 88 bytes",
-)
-
-
 @pytest.mark.parametrize(
     "case",
     [
-        "head dim 128",
-        *(
-            pytest.param(name, marks=[pytest.mark.slow, *([SPILLS] if name == SPILLED else [])])
-            for name in FORWARD_SM100
-            if name != "head dim 128"
-        ),
+        pytest.param(name, marks=() if name == "head dim 128" else pytest.mark.slow)
+        for name in FORWARD_SM100
     ],
 )
 def test_forward_sm100_counts(case):
     options = FORWARD_SM100[case]
     head_dim = options.get("head_dim", 128)
-    config = forward_config(head_dim)
+    caps = {name: options[name] for name in ("soft_cap", "window") if name in options}
+    config = forward_config(head_dim, **caps)
     (kernel,) = compiled("forward_cases:compiled", B200, **options)
     by_polynomial = config.polynomial_chunks * config.chunk
     # Blocks that are seen in part come last, and those that a window begins in first.

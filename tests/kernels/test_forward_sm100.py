@@ -52,6 +52,15 @@ CASES = {
 }
 SLOW_CASES = {
     "head dim 192": {"head_dim": 192, "overlay": "wait", "causal": True},
+    "head dim 128, window, soft cap": {
+        "head_dim": 128,
+        "overlay": "wait",
+        "tokens": 300,
+        "slots": 300,
+        "causal": True,
+        "window": 150,
+        "soft_cap": 20.0,
+    },
     "head dim 256": {"head_dim": 256, "tokens": 200, "causal": True},
     "head dim 128, weights beside": {
         "head_dim": 128,
