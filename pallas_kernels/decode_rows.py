@@ -22,95 +22,128 @@ _TREE_BITS = 64
 
 def kernels(
     attend: Callable[..., tuple[Array, Array]],
-    unsupported: Callable[[Any, Any, Any], str | None],
+    unsupported: Callable[[Any, Any, Any, Any], str | None],
 ) -> dict[str, Kernel]:
-    """The four ops by way of `attend`, unless `unsupported(query, keys, values)` gives a reason.
+    """The four ops by way of `attend`, unless `unsupported` gives a reason.
 
     `attend(rows [B K M H], keys [B K S H], values [B K S H], limits [B M], bits [B M 2] or None,
-    num_visible [B], scale=)` returns the attended rows [B K M H] and their LSE (base 2) [B K M],
-    float32. Bits are int32, the low word first; no row of b sees a slot from num_visible[b] on.
+    num_visible [B], page_table [B P] or None, scale=)` returns the attended rows [B K M H] and
+    their LSE (base 2) [B K M], float32. Bits are int32, the low word first; no row of b sees a slot
+    from num_visible[b] on. `unsupported` takes query, keys, values and page table.
     """
 
     def decode(
         query: Float[Array, "B N H"],
-        keys: Float[Array, "B K S H"],
-        values: Float[Array, "B K S H"],
+        keys: Float[Array, "X K Z H"],
+        values: Float[Array, "X K Z H"],
         lengths: Int[Array, "B"],
         *,
         scale: float,
+        page_table: Int[Array, "B P"] | None = None,
     ) -> Float[Array, "B N H"]:
-        out = ancestors_of_nobody(query[:, None], keys, values, lengths[:, None], scale)
+        out = ancestors_of_nobody(query[:, None], keys, values, lengths[:, None], scale, page_table)
         return out[:, 0]
 
     def verify(
         query: Float[Array, "B T N H"],
-        keys: Float[Array, "B K S H"],
-        values: Float[Array, "B K S H"],
+        keys: Float[Array, "X K Z H"],
+        values: Float[Array, "X K Z H"],
         start: Int[Array, "B"],
         *,
         scale: float,
+        page_table: Int[Array, "B P"] | None = None,
     ) -> Float[Array, "B T N H"]:
         seen = start[:, None] + jnp.arange(1, query.shape[1] + 1, dtype=start.dtype)
-        return ancestors_of_nobody(query, keys, values, seen, scale)
+        return ancestors_of_nobody(query, keys, values, seen, scale, page_table)
 
     def ancestors_of_nobody(
         query: Float[Array, "B T N H"],
-        keys: Float[Array, "B K S H"],
-        values: Float[Array, "B K S H"],
+        keys: Float[Array, "X K Z H"],
+        values: Float[Array, "X K Z H"],
         seen: Int[Array, "B T"],
         scale: float,
+        page_table: Int[Array, "B P"] | None,
     ) -> Float[Array, "B T N H"]:
         num_kv_heads = keys.shape[1]
         rows = rows_of(query, num_kv_heads)
         limits = jnp.repeat(seen, query.shape[2] // num_kv_heads, axis=1)
-        out, _ = attend(rows, keys, values, limits, None, jnp.max(seen, axis=1), scale=scale)
+        out, _ = attend(
+            rows,
+            keys,
+            values,
+            limits,
+            None,
+            jnp.max(seen, axis=1),
+            page_table=page_table,
+            scale=scale,
+        )
         return tokens_of(out, query.shape[1]).astype(values.dtype)
 
     def ancestor(
         query: Float[Array, "B T N H"],
-        keys: Float[Array, "B K S H"],
-        values: Float[Array, "B K S H"],
+        keys: Float[Array, "X K Z H"],
+        values: Float[Array, "X K Z H"],
         prefix: Int[Array, "B"],
         ancestors: UInt32[Array, "B T 2"],
         *,
         scale: float,
+        page_table: Int[Array, "B P"] | None = None,
     ) -> Float[Array, "B T N H"]:
-        num_kv_heads, num_slots = keys.shape[1:3]
+        num_kv_heads, num_slots = keys.shape[1], num_slots_of(keys, page_table)
         group = query.shape[2] // num_kv_heads
         rows = rows_of(query, num_kv_heads)
         limits = jnp.broadcast_to(prefix[:, None], rows.shape[::2])
         bits = jnp.repeat(jax.lax.bitcast_convert_type(ancestors, jnp.int32), group, axis=1)
         num_visible = jnp.minimum(prefix + _TREE_BITS, num_slots)
-        out, _ = attend(rows, keys, values, limits, bits, num_visible, scale=scale)
+        out, _ = attend(
+            rows, keys, values, limits, bits, num_visible, page_table=page_table, scale=scale
+        )
         return tokens_of(out, query.shape[1]).astype(values.dtype)
 
     def tree(
         query: Float[Array, "B R N H"],
-        trunk_keys: Float[Array, "B K S H"],
-        trunk_values: Float[Array, "B K S H"],
+        trunk_keys: Float[Array, "X K Z H"],
+        trunk_values: Float[Array, "X K Z H"],
         trunk_lengths: Int[Array, "B R"],
         branch_keys: Float[Array, "B K J R H"],
         branch_values: Float[Array, "B K J R H"],
         step: Int[Array, ""],
         *,
         scale: float,
+        page_table: Int[Array, "B P"] | None = None,
     ) -> Float[Array, "B R N H"]:
         num_kv_heads = trunk_keys.shape[1]
         rows = rows_of(query, num_kv_heads)
         limits = jnp.repeat(trunk_lengths, query.shape[2] // num_kv_heads, axis=1)
         num_visible = jnp.max(trunk_lengths, axis=1)
-        trunk = attend(rows, trunk_keys, trunk_values, limits, None, num_visible, scale=scale)
+        trunk = attend(
+            rows,
+            trunk_keys,
+            trunk_values,
+            limits,
+            None,
+            num_visible,
+            page_table=page_table,
+            scale=scale,
+        )
         own = _own_keys(rows, branch_keys, branch_values, step, scale)
         outs, lses = (jnp.stack(parts, axis=2) for parts in zip(trunk, own, strict=True))
         out, _ = combine(outs, lses, jnp.ones(lses.shape, bool))
         return tokens_of(out, query.shape[1]).astype(trunk_values.dtype)
 
-    def refusal(query: Any, keys: Any, values: Any, *others: Any, scale: float) -> str | None:  # noqa: ANN401
+    def refusal(
+        query: Any,  # noqa: ANN401
+        keys: Any,  # noqa: ANN401
+        values: Any,  # noqa: ANN401
+        *others: Any,  # noqa: ANN401
+        scale: float,
+        page_table: Any = None,  # noqa: ANN401
+    ) -> str | None:
         del others, scale
         num_rows = query.size // (query.shape[0] * keys.shape[1] * query.shape[-1])
         if num_rows > _MOST_ROWS:
             return f"takes up to {_MOST_ROWS} query rows a kv head, got {num_rows}"
-        return unsupported(query, keys, values)
+        return unsupported(query, keys, values, page_table)
 
     return {
         "decode_attention": Kernel(run=decode, unsupported=refusal),
@@ -118,6 +151,11 @@ def kernels(
         "ancestor_attention": Kernel(run=ancestor, unsupported=refusal),
         "tree_attention": Kernel(run=tree, unsupported=refusal),
     }
+
+
+def num_slots_of(keys: Any, page_table: Any) -> int:  # noqa: ANN401
+    """Slots of a row of a cache [B K S H], or of one in pages [X K Z H] with a table [B P]."""
+    return keys.shape[2] * (1 if page_table is None else page_table.shape[1])
 
 
 def rows_of(query: Float[Array, "B T N H"], num_kv_heads: int) -> Float[Array, "B K M H"]:

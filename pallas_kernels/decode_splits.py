@@ -25,6 +25,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.combine import combine
 from pallas_kernels.compat import Ref, unsupported_jax
+from pallas_kernels.decode_rows import num_slots_of
 
 BLOCK_KV = 128
 _ROWS_STEP = 8  # rows that are copied in and out: a multiple of the memory tiling
@@ -65,15 +66,18 @@ def decode_config(num_rows: int, tile_rows: int, head_dim: int, num_blocks: int)
     )
 
 
-def unsupported(query: Any, keys: Any, values: Any) -> str | None:  # noqa: ANN401
+def unsupported(query: Any, keys: Any, values: Any, page_table: Any = None) -> str | None:  # noqa: ANN401
     """Why the kernels cannot run with arrays of these shapes and dtypes, or None."""
     dtypes = {jnp.dtype(x.dtype).name for x in (query, keys, values)}
     if len(dtypes) > 1 or not dtypes <= {"bfloat16", "float16"}:
         return f"takes bfloat16 or float16, the same for all, got {', '.join(sorted(dtypes))}"
     if query.shape[-1] not in (64, 128):
         return f"takes head dims 64 and 128, got {query.shape[-1]}"
-    if keys.shape[2] % BLOCK_KV:
-        return f"takes caches of a multiple of {BLOCK_KV} slots, got {keys.shape[2]}"
+    num_slots, page_slots = num_slots_of(keys, page_table), keys.shape[2]
+    if num_slots % BLOCK_KV:
+        return f"takes caches of a multiple of {BLOCK_KV} slots, got {num_slots}"
+    if page_slots % BLOCK_KV and BLOCK_KV % page_slots:
+        return f"takes pages of a part or a multiple of {BLOCK_KV} slots, got {page_slots}"
     return unsupported_jax()
 
 
@@ -134,8 +138,7 @@ def attend_splits(
     slot s of b lies in page page_table[b, s // Z].
     """
     batch, num_kv_heads, num_rows, head_dim = rows.shape
-    page_slots = keys.shape[2]
-    num_slots = page_slots if page_table is None else page_slots * page_table.shape[1]
+    num_slots, page_slots = num_slots_of(keys, page_table), keys.shape[2]
     if config is None:
         config = decode_config(num_rows, tile_rows, head_dim, num_slots // BLOCK_KV)
     used = pl.cdiv(num_rows, _ROWS_STEP) * _ROWS_STEP

@@ -40,13 +40,15 @@ def triton_config(num_rows: int, num_slots: int) -> TritonConfig:
     return TritonConfig(block_rows=block_rows, block_kv=block_kv, split_blocks=split_blocks)
 
 
-def unsupported(query: Any, keys: Any, values: Any) -> str | None:  # noqa: ANN401
+def unsupported(query: Any, keys: Any, values: Any, page_table: Any = None) -> str | None:  # noqa: ANN401
     """Why the kernel cannot run with arrays of these shapes and dtypes, or None."""
     dtypes = {jnp.dtype(x.dtype).name for x in (query, keys, values)}
     if len(dtypes) > 1 or not dtypes <= {"bfloat16", "float16"}:
         return f"takes bfloat16 or float16, the same for all, got {', '.join(sorted(dtypes))}"
     if query.shape[-1] not in (64, 128):
         return f"takes head dims 64 and 128, got {query.shape[-1]}"
+    if page_table is not None:
+        return "takes no page tables"
     return None
 
 
@@ -132,10 +134,12 @@ def attend(
     limits: Int[Array, "B M"],
     bits: Int[Array, "B M 2"] | None,
     num_visible: Int[Array, "B"],
+    page_table: None,
     *,
     scale: float,
 ) -> tuple[Float[Array, "B K M H"], Float[Array, "B K M"]]:
     """The attended rows, float32, and their LSE (base 2); see `decode_rows`."""
+    del page_table  # refused above
     import jax_triton  # pyright: ignore[reportMissingImports]  # needs a GPU's JAX plugin
 
     batch, num_kv_heads, num_rows, _ = rows.shape

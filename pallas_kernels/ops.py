@@ -2,9 +2,13 @@
 
 Axis letters: B batch, T query tokens, S key/value slots, N query heads, K kv heads (N a multiple of
 K), H head dim, R branches, J steps of a branch. `scale` multiplies the scores, and is H**-0.5
-unless given. Every op takes the name of an implementation; without one the first runs that can
-compute the call, at the latest the XLA reference, which is the specification: also of what slots
-that nobody sees may hold, and of what NaN does.
+unless given. Keys and values of a cache, [X K Z H], are those of each row, [B K S H]; or, with a
+page table, a pool of pages for all rows, in which slot s of row b lies in page
+page_table[b, s // Z] (PagedAttention, Kwon et al. 2023).
+
+Every op takes the name of an implementation; without one the first runs that can compute the call,
+at the latest the XLA reference, which is the specification: also of what slots that nobody sees may
+hold, and of what NaN does.
 """
 
 import dataclasses
@@ -85,11 +89,12 @@ def attention_with_lse(
 
 def decode_attention(
     query: Float[Array, "B N H"],
-    keys: Float[Array, "B K S H"],
-    values: Float[Array, "B K S H"],
+    keys: Float[Array, "X K Z H"],
+    values: Float[Array, "X K Z H"],
     lengths: Int[Array, "B"],
     *,
     scale: float | None = None,
+    page_table: Int[Array, "B P"] | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "B N H"]:
     """Attention of one token a row to the first lengths[b] slots, in the values' dtype.
@@ -97,17 +102,18 @@ def decode_attention(
     Raises: as `attention`.
     """
     _check_heads(query.shape[1], keys.shape[1])
-    options = {"scale": _scale(scale, query.shape[-1])}
+    options = {"scale": _scale(scale, query.shape[-1]), "page_table": page_table}
     return _run("decode_attention", implementation, options, query, keys, values, lengths)
 
 
 def verify_attention(
     query: Float[Array, "B T N H"],
-    keys: Float[Array, "B K S H"],
-    values: Float[Array, "B K S H"],
+    keys: Float[Array, "X K Z H"],
+    values: Float[Array, "X K Z H"],
     start: Int[Array, "B"],
     *,
     scale: float | None = None,
+    page_table: Int[Array, "B P"] | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "B T N H"]:
     """Causal attention of a few tokens over a cache that holds them, in the values' dtype.
@@ -117,18 +123,19 @@ def verify_attention(
     Raises: as `attention`.
     """
     _check_heads(query.shape[2], keys.shape[1])
-    options = {"scale": _scale(scale, query.shape[-1])}
+    options = {"scale": _scale(scale, query.shape[-1]), "page_table": page_table}
     return _run("verify_attention", implementation, options, query, keys, values, start)
 
 
 def ancestor_attention(
     query: Float[Array, "B T N H"],
-    keys: Float[Array, "B K S H"],
-    values: Float[Array, "B K S H"],
+    keys: Float[Array, "X K Z H"],
+    values: Float[Array, "X K Z H"],
     prefix: Int[Array, "B"],
     ancestors: UInt32[Array, "B T 2"],
     *,
     scale: float | None = None,
+    page_table: Int[Array, "B P"] | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "B T N H"]:
     """Attention of the tokens of a tree that grows from a shared prefix, in the values' dtype.
@@ -140,21 +147,22 @@ def ancestor_attention(
     Raises: as `attention`.
     """
     _check_heads(query.shape[2], keys.shape[1])
-    options = {"scale": _scale(scale, query.shape[-1])}
+    options = {"scale": _scale(scale, query.shape[-1]), "page_table": page_table}
     arrays = (query, keys, values, prefix, ancestors)
     return _run("ancestor_attention", implementation, options, *arrays)
 
 
 def tree_attention(
     query: Float[Array, "B R N H"],
-    trunk_keys: Float[Array, "B K S H"],
-    trunk_values: Float[Array, "B K S H"],
+    trunk_keys: Float[Array, "X K Z H"],
+    trunk_values: Float[Array, "X K Z H"],
     trunk_lengths: Int[Array, "B R"],
     branch_keys: Float[Array, "B K J R H"],
     branch_values: Float[Array, "B K J R H"],
     step: Int[Array, ""],
     *,
     scale: float | None = None,
+    page_table: Int[Array, "B P"] | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "B R N H"]:
     """Attention of one token in each of R branches that grow from one trunk, in the values' dtype.
@@ -165,7 +173,7 @@ def tree_attention(
     Raises: as `attention`.
     """
     _check_heads(query.shape[2], trunk_keys.shape[1])
-    options = {"scale": _scale(scale, query.shape[-1])}
+    options = {"scale": _scale(scale, query.shape[-1]), "page_table": page_table}
     arrays = (trunk_keys, trunk_values, trunk_lengths, branch_keys, branch_values, step)
     return _run("tree_attention", implementation, options, query, *arrays)
 

@@ -88,13 +88,15 @@ def attention_backward(
 
 def decode_attention(
     query: Float[Array, "B N H"],
-    keys: Float[Array, "B K S H"],
-    values: Float[Array, "B K S H"],
+    keys: Float[Array, "X K Z H"],
+    values: Float[Array, "X K Z H"],
     lengths: Int[Array, "B"],
     *,
     scale: float,
+    page_table: Int[Array, "B P"] | None = None,
 ) -> Float[Array, "B N H"]:
     """One token a row over the first lengths[b] slots; see `ops.decode_attention`."""
+    keys, values = (in_slot_order(x, page_table) for x in (keys, values))
     slots = jnp.arange(keys.shape[2], dtype=lengths.dtype)
     visible = slots < lengths[:, None, None]
     out, _ = _attend(query[:, None], keys, values, visible, scale)
@@ -103,13 +105,15 @@ def decode_attention(
 
 def verify_attention(
     query: Float[Array, "B T N H"],
-    keys: Float[Array, "B K S H"],
-    values: Float[Array, "B K S H"],
+    keys: Float[Array, "X K Z H"],
+    values: Float[Array, "X K Z H"],
     start: Int[Array, "B"],
     *,
     scale: float,
+    page_table: Int[Array, "B P"] | None = None,
 ) -> Float[Array, "B T N H"]:
     """Causal attention of T tokens that sit in slots start + t; see `ops.verify_attention`."""
+    keys, values = (in_slot_order(x, page_table) for x in (keys, values))
     last_visible = start[:, None] + jnp.arange(query.shape[1], dtype=start.dtype)
     visible = jnp.arange(keys.shape[2], dtype=start.dtype) <= last_visible[:, :, None]
     return _attend(query, keys, values, visible, scale)[0]
@@ -117,14 +121,16 @@ def verify_attention(
 
 def ancestor_attention(
     query: Float[Array, "B T N H"],
-    keys: Float[Array, "B K S H"],
-    values: Float[Array, "B K S H"],
+    keys: Float[Array, "X K Z H"],
+    values: Float[Array, "X K Z H"],
     prefix: Int[Array, "B"],
     ancestors: UInt32[Array, "B T 2"],
     *,
     scale: float,
+    page_table: Int[Array, "B P"] | None = None,
 ) -> Float[Array, "B T N H"]:
     """Tokens of a tree over its prefix and their ancestors; see `ops.ancestor_attention`."""
+    keys, values = (in_slot_order(x, page_table) for x in (keys, values))
     node = jnp.arange(keys.shape[2], dtype=prefix.dtype) - prefix[:, None]
     node = node[:, None]  # [B 1 S]
     low, high = ancestors[:, :, :1], ancestors[:, :, 1:]
@@ -137,16 +143,18 @@ def ancestor_attention(
 
 def tree_attention(
     query: Float[Array, "B R N H"],
-    trunk_keys: Float[Array, "B K S H"],
-    trunk_values: Float[Array, "B K S H"],
+    trunk_keys: Float[Array, "X K Z H"],
+    trunk_values: Float[Array, "X K Z H"],
     trunk_lengths: Int[Array, "B R"],
     branch_keys: Float[Array, "B K J R H"],
     branch_values: Float[Array, "B K J R H"],
     step: Int[Array, ""],
     *,
     scale: float,
+    page_table: Int[Array, "B P"] | None = None,
 ) -> Float[Array, "B R N H"]:
     """One token in each of R branches that grow from one trunk; see `ops.tree_attention`."""
+    trunk_keys, trunk_values = (in_slot_order(x, page_table) for x in (trunk_keys, trunk_values))
     batch, num_branches, num_heads, head_dim = query.shape
     num_kv_heads, num_slots = trunk_keys.shape[1], trunk_keys.shape[2]
     group = num_heads // num_kv_heads
@@ -180,6 +188,16 @@ def zero_past(
         return x
     exists = jnp.arange(x.shape[1], dtype=lengths.dtype) < lengths[:, None]
     return jnp.where(exists[:, :, None, None], x, jnp.zeros((), x.dtype))
+
+
+def in_slot_order(
+    cache: Float[Array, "X K Z H"], page_table: Int[Array, "B P"] | None
+) -> Float[Array, "B K S H"]:
+    """The cache of each row, gathered from its pages; without a page table the cache itself."""
+    if page_table is None:
+        return cache
+    pages = cache[page_table].swapaxes(1, 2)  # [B K P Z H]
+    return pages.reshape(*pages.shape[:2], -1, pages.shape[4])
 
 
 def _attend(

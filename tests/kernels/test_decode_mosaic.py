@@ -121,6 +121,23 @@ def test_reasons(changes, reason):
     assert got == reason or (reason is not None and reason in got)
 
 
+@pytest.mark.parametrize(
+    ("page_slots", "num_pages", "reason"),
+    [
+        (16, 8, None),
+        (256, 3, None),
+        (16, 9, "takes caches of a multiple of 128 slots, got 144"),
+        (96, 4, "takes pages of a part or a multiple of 128 slots, got 96"),
+    ],
+)
+def test_reasons_for_pages(page_slots, num_pages, reason):
+    table = jax.ShapeDtypeStruct((1, num_pages), jnp.int32)
+    got = decode_sm100.KERNELS["decode_attention"].unsupported(
+        *shapes(num_slots=page_slots), None, scale=1.0, page_table=table
+    )
+    assert got == reason
+
+
 def test_too_many_rows_are_refused():
     query = jax.ShapeDtypeStruct((1, 512, 8, 128), jnp.bfloat16)
     got = decode_sm100.KERNELS["verify_attention"].unsupported(

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import pallas_kernels
 from pallas_kernels import reference
 from pallas_kernels.combine import combine
 from pallas_kernels.decode_rows import kernels
@@ -14,8 +15,9 @@ B, T, N, K, S, H, J = 3, 5, 6, 2, 80, 8, 3
 SCALE = 0.4
 
 
-def attend(rows, keys, values, limits, bits, num_visible, *, scale):
+def attend(rows, keys, values, limits, bits, num_visible, page_table, *, scale):
     """The row problem in plain JAX, with slots from num_visible on poisoned."""
+    keys, values = (reference.in_slot_order(x, page_table) for x in (keys, values))
     hidden = (jnp.arange(S) >= num_visible[:, None])[:, None, :, None]
     keys, values = (jnp.where(hidden, jnp.float32(1e30), x) for x in (keys, values))
     distance = jnp.arange(S) - limits[..., None]
@@ -32,7 +34,7 @@ def attend(rows, keys, values, limits, bits, num_visible, *, scale):
     return out, lse * jnp.float32(LOG2_E)
 
 
-KERNELS = kernels(attend, lambda query, keys, values: None)
+KERNELS = kernels(attend, lambda query, keys, values, page_table: None)
 
 
 def draw(*shape, seed=0):
@@ -69,6 +71,42 @@ def test_tree(step):
     lengths = jnp.asarray(np.random.default_rng(3).integers(1, S + 1, (B, T), np.int32))
     own = draw(B, K, J, T, H, seed=4), draw(B, K, J, T, H, seed=5)
     compare("tree_attention", draw(B, T, N, H), *CACHE, lengths, *own, jnp.int32(step))
+
+
+def in_pages(cache, page_slots):
+    """Pages of all rows in random order, one of them nobody's, and the table of each row's."""
+    num_pages = B * S // page_slots
+    order = np.random.default_rng(6).permutation(num_pages + 1)[:num_pages].astype(np.int32)
+    pages = np.asarray(cache).reshape(B, K, -1, page_slots, H).swapaxes(1, 2)
+    pool = np.full((num_pages + 1, K, page_slots, H), 1e9, np.float32)
+    pool[order] = pages.reshape(-1, K, page_slots, H)
+    return jnp.asarray(pool), jnp.asarray(order.reshape(B, -1))
+
+
+@pytest.mark.parametrize("page_slots", [1, 16, S])
+@pytest.mark.parametrize(
+    "op", ["decode_attention", "verify_attention", "ancestor_attention", "tree_attention"]
+)
+def test_pages_hold_what_a_dense_cache_holds(op, page_slots):
+    lengths = jnp.array([3, 7, S - T], jnp.int32)
+    words = np.random.default_rng(2).integers(0, 1 << 32, (B, T, 2), np.uint32)
+    branches = draw(B, K, J, T, H, seed=4), draw(B, K, J, T, H, seed=5), jnp.int32(1)
+    query, others = {
+        "decode_attention": (draw(B, N, H), (lengths,)),
+        "verify_attention": (draw(B, T, N, H), (lengths,)),
+        "ancestor_attention": (draw(B, T, N, H), (lengths, jnp.asarray(words))),
+        "tree_attention": (draw(B, T, N, H), (jnp.tile(lengths[:, None], T), *branches)),
+    }[op]
+    (keys, table), (values, _) = (in_pages(x, page_slots) for x in CACHE)
+    dense = getattr(pallas_kernels, op)(query, *CACHE, *others)
+
+    @jax.jit
+    def both(table, *arrays):
+        by_rows = KERNELS[op].run(*arrays, scale=H**-0.5, page_table=table)
+        return getattr(pallas_kernels, op)(*arrays, page_table=table), by_rows
+
+    for paged in both(table, query, keys, values, *others):
+        np.testing.assert_allclose(paged, dense, rtol=1e-5, atol=1e-6)
 
 
 def test_merged_parts_are_the_whole():

@@ -100,3 +100,6 @@ def test_reasons(dtype, head_dim, reason):
     query = jax.ShapeDtypeStruct((1, 8, head_dim), dtype)
     unsupported = decode_triton.KERNELS["decode_attention"].unsupported
     assert unsupported(query, cache, cache, None, scale=1.0) == reason
+    table = jax.ShapeDtypeStruct((1, 4), jnp.int32)
+    paged = unsupported(query, cache, cache, None, scale=1.0, page_table=table)
+    assert paged == (reason or "takes no page tables")

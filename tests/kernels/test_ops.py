@@ -122,12 +122,13 @@ def test_heads_that_do_not_divide_are_refused():
         pallas_kernels.attention(query[:, :, :3], key, value)
 
 
-def doubled(query, keys, values, lengths, *, scale):
+def doubled(query, keys, values, lengths, *, scale, page_table):
+    assert page_table is None
     return 2 * reference.decode_attention(query, keys, values, lengths, scale=scale)
 
 
-def refuses_wide_heads(query, *others, scale):
-    del others, scale
+def refuses_wide_heads(query, *others, scale, page_table):
+    del others, scale, page_table
     return f"takes head dims up to 8, got {query.shape[-1]}" if query.shape[-1] > 8 else None
 
 
@@ -166,7 +167,7 @@ def test_the_first_that_fits_is_chosen(with_fake):
 
     def choice(head_dim):
         query = jax.ShapeDtypeStruct((1, 2, head_dim), jnp.float32)
-        arguments = (query, None, None, None), {"scale": 1.0}
+        arguments = (query, None, None, None), {"scale": 1.0, "page_table": None}
         return registry.choose(offered, "decode_attention", chip, *arguments, None).name
 
     assert (choice(8), choice(16)) == ("fake", "xla")
