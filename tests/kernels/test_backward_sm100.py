@@ -56,8 +56,8 @@ def test_large_scores_cost_no_more_than_rounding_to_16_bits():
         assert error <= 1.02 * least[name]
 
 
-# "barrier" takes out a whole handshake: only a race can give that away. Bulk copies arrive by
-# themselves, so of their barriers the waits are taken out, which may also misuse the barrier.
+# "barrier" takes out a whole handshake. Bulk copies arrive by themselves, so that of their barriers
+# only the waits can be taken out.
 FAULTS = [
     "barrier gradients_free",
     "barrier queries_free",
