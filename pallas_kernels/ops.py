@@ -20,7 +20,7 @@ from typing import Any
 import jax
 from jaxtyping import Array, Float, Int, UInt32
 
-from pallas_kernels.registry import IMPLEMENTATIONS, XLA, chip_of, choose
+from pallas_kernels.registry import CPU, IMPLEMENTATIONS, Implementation, chip_of, choose
 
 _logger = logging.getLogger(__name__)
 
@@ -255,14 +255,15 @@ def _run(op: str, named: str | None, options: dict[str, Any], *arrays: Array | N
     chosen = choose(implementations, op, chip, arrays, options, named)
     _logger.debug("%s runs as %s on %s", op, chosen.name, chip.kind)
 
-    def run_as(name: str) -> Callable[..., Any]:
-        implementation = next(one for one in implementations if one.name == name)
+    def run_as(implementation: Implementation) -> Callable[..., Any]:
         return functools.partial(implementation.kernel(op).run, **options)
 
-    if named is not None or chosen.name == XLA:
-        return run_as(chosen.name)(*arrays)
+    if named is not None or chip.platform == CPU.platform:
+        return run_as(chosen)(*arrays)
     # The process may place this program on a CPU beside its GPU: that is decided later.
-    return jax.lax.platform_dependent(*arrays, cuda=run_as(chosen.name), default=run_as(XLA))
+    on_cpu = choose(implementations, op, CPU, arrays, options, None)
+    ways = {"cuda": run_as(chosen), "cpu": run_as(on_cpu), "default": run_as(implementations[-1])}
+    return jax.lax.platform_dependent(*arrays, **ways)
 
 
 def _scale(scale: float | None, head_dim: int) -> float:

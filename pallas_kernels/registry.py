@@ -46,6 +46,9 @@ class Chip:
     capability: tuple[int, int] | None
 
 
+CPU = Chip(platform="cpu", kind="cpu", capability=None)
+
+
 def chip_of(device: jax.Device) -> Chip:
     """The chip that a device is."""
     parts = str(getattr(device, "compute_capability", "")).split(".")
@@ -58,17 +61,20 @@ def chip_of(device: jax.Device) -> Chip:
 class Implementation:
     """One way to compute an op: its module is imported once a device and a call fit.
 
-    `capabilities` are the CUDA devices it is for; none of them means that every device will do.
-    `needs` is a package it imports besides jax.
+    `platform` is the one it is for, None any; `capabilities` are the CUDA devices it is for, none
+    of them means that every device will do. `needs` is a package it imports besides jax.
     """
 
     name: str
     module: str
+    platform: str | None = None
     capabilities: tuple[tuple[int, int], ...] = ()
     needs: str | None = None
 
     def unsupported_chip(self, chip: Chip) -> str | None:
         """Why it cannot run on this chip, or None."""
+        if self.platform not in (None, chip.platform):
+            return f"is for {self.platform}s, and this device is {_describe(chip)}"
         if self.capabilities and chip.capability not in self.capabilities:
             wanted = " or ".join(f"sm_{major}{minor}" for major, minor in self.capabilities)
             return f"needs a GPU of {wanted}, and this device is {_describe(chip)}"
@@ -155,6 +161,7 @@ _DECODE = (
         capabilities=((8, 0), (8, 6), (8, 9), (12, 0)),
         needs="jax_triton",
     ),
+    Implementation(name="xla_blocks", module="pallas_kernels.decode_blocks", platform="cpu"),
     *_XLA,
 )
 

@@ -6,6 +6,7 @@ from bench_cases import TIMELINE, fake_unit
 
 import bench.record
 import bench.run
+from bench.guard import LIMITS, read_limits
 from ssd_jax.errors import ConfigError
 
 METHODS = ("draft:k=2", "ssd:k=2,f=2")
@@ -182,7 +183,8 @@ def test_guard_judges_a_record(bench_run, measured, run, tmp_path):
     bench_run("--out", path, "--quiet", "--timeline")
     outcome = run("bench", "guard", "--record", path)
     assert outcome.code == 1
-    assert "speculation/ar 1.000, at least 1.250: NOT KEPT" in outcome.out
+    limit = read_limits(LIMITS)["speculation/ar"]
+    assert f"speculation/ar 1.000, at least {limit:.3f}: NOT KEPT" in outcome.out
     assert "overlap efficiency 0.900" in outcome.out
     assert run("bench", "guard", "--record", path, "--against", path).code == 0
     record = json.loads(path.read_text())

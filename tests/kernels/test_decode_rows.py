@@ -1,5 +1,7 @@
 """The ops on caches as rows with limits and bits, against the specification; and merging parts."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -107,6 +109,51 @@ def test_pages_hold_what_a_dense_cache_holds(op, page_slots):
 
     for paged in both(table, query, keys, values, *others):
         np.testing.assert_allclose(paged, dense, rtol=1e-5, atol=1e-6)
+
+
+BLOCK_OPS = ["decode_attention", "verify_attention", "ancestor_attention", "tree_attention"]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("op", BLOCK_OPS)
+def test_blocks_of_a_16_bit_cache_give_what_the_whole_gives(op, dtype):
+    """Empty rows and full ones, NaN in keys that nobody sees, and a batch that changes nothing."""
+    slots = 384
+    lengths = np.array([0, 130, slots - T], np.int32)
+    words = np.random.default_rng(2).integers(0, 1 << 32, (B, T, 2), np.uint32)
+    cache = [draw(B, K, slots, H, seed=seed).astype(dtype) for seed in (0, 1)]
+    unseen = np.arange(slots) >= lengths[:, None] + 64
+    cache[0] = jnp.where(unseen[:, None, :, None], jnp.asarray(np.nan, dtype), cache[0])
+    own = (draw(B, K, J, T, H, seed=4), draw(B, K, J, T, H, seed=5))
+    query, others = {
+        "decode_attention": (draw(B, N, H), (lengths,)),
+        "verify_attention": (draw(B, T, N, H), (lengths,)),
+        "ancestor_attention": (draw(B, T, N, H), (lengths, words)),
+        "tree_attention": (
+            draw(B, T, N, H),
+            (np.tile(lengths[:, None], T), *(x.astype(dtype) for x in own), np.int32(1)),
+        ),
+    }[op]
+    arrays = jax.tree.map(jnp.asarray, (query.astype(dtype), *cache, *others))
+    wanted, got = (
+        jax.jit(functools.partial(getattr(pallas_kernels, op), implementation=name))(*arrays)
+        for name in ("xla", "xla_blocks")
+    )
+    assert got.dtype == wanted.dtype
+    np.testing.assert_allclose(
+        np.asarray(got, np.float32), np.asarray(wanted, np.float32), rtol=0.01, atol=0.004
+    )
+    alone = jax.tree.map(lambda x: x[1:2] if x.ndim else x, arrays)
+    one = jax.jit(functools.partial(getattr(pallas_kernels, op), implementation="xla_blocks"))
+    np.testing.assert_array_equal(one(*alone)[0], got[1])
+
+
+def test_a_16_bit_cache_is_not_converted_as_a_whole():
+    cache = jax.ShapeDtypeStruct((1, 2, 1024, 64), jnp.bfloat16)
+    query = jax.ShapeDtypeStruct((1, 4, 64), jnp.bfloat16)
+    lengths = jax.ShapeDtypeStruct((1,), jnp.int32)
+    compiled = jax.jit(pallas_kernels.decode_attention).lower(query, cache, cache, lengths)
+    assert "f32[1,2,1024,64]" not in compiled.compile().as_text()
 
 
 def test_merged_parts_are_the_whole():

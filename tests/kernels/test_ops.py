@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import pallas_kernels
-from pallas_kernels import reference, registry
+from pallas_kernels import ops, reference, registry
 
 B, T, S, N, K, H = 2, 6, 10, 4, 2, 8
 LENGTHS, START = jnp.array([7, 0], jnp.int32), jnp.array([3, 1], jnp.int32)
@@ -161,17 +161,35 @@ def test_a_named_implementation_says_why_it_cannot(with_fake):
 
 
 def test_the_first_that_fits_is_chosen(with_fake):
-    """And on a device of another platform than the kernel's, the reference takes its place."""
     chip = registry.chip_of(jax.devices()[0])
     offered = registry.IMPLEMENTATIONS["decode_attention"]
 
     def choice(head_dim):
         query = jax.ShapeDtypeStruct((1, 2, head_dim), jnp.float32)
-        arguments = (query, None, None, None), {"scale": 1.0, "page_table": None}
+        arguments = (query, query, query, None), {"scale": 1.0, "page_table": None}
         return registry.choose(offered, "decode_attention", chip, *arguments, None).name
 
     assert (choice(8), choice(16)) == ("fake", "xla")
+    np.testing.assert_array_equal(decode(8), 2)
+    np.testing.assert_array_equal(decode(16), 1)
+
+
+def test_beside_a_gpu_a_program_on_a_cpu_runs_what_a_cpu_can(with_fake, monkeypatch):
+    for_gpus = dataclasses.replace(FAKE, platform="gpu")
+    offered = (for_gpus, *registry.IMPLEMENTATIONS["decode_attention"][1:])
+    monkeypatch.setitem(registry.IMPLEMENTATIONS, "decode_attention", offered)
+    monkeypatch.setattr(ops, "chip_of", lambda device: HOPPER)
     np.testing.assert_array_equal(decode(8), 1)
+
+
+@pytest.mark.parametrize(("dtype", "name"), [("bfloat16", "xla_blocks"), ("float32", "xla")])
+def test_a_cpu_reads_16_bit_caches_in_blocks(dtype, name):
+    cache = jax.ShapeDtypeStruct((1, 2, 256, 64), dtype)
+    arrays = jax.ShapeDtypeStruct((1, 4, 64), dtype), cache, cache, None
+    options = {"scale": 1.0, "page_table": None}
+    offered = registry.IMPLEMENTATIONS["decode_attention"]
+    chosen = registry.choose(offered, "decode_attention", registry.CPU, arrays, options, None)
+    assert chosen.name == name
 
 
 HOPPER = registry.Chip(platform="gpu", kind="NVIDIA H200", capability=(9, 0))
@@ -186,6 +204,7 @@ HOPPER = registry.Chip(platform="gpu", kind="NVIDIA H200", capability=(9, 0))
             {"capabilities": ((10, 0),)},
             "needs a GPU of sm_100, and this device is NVIDIA H200 (sm_90)",
         ),
+        ({"platform": "cpu"}, "is for cpus, and this device is NVIDIA H200 (sm_90)"),
         ({"needs": "no_such_package"}, "needs the package no_such_package, which is not installed"),
     ],
 )
@@ -199,7 +218,8 @@ def test_every_implementation_has_a_kernel_and_explains_itself():
     for op, implementations in registry.IMPLEMENTATIONS.items():
         assert implementations[-1].name == "xla"
         assert sum(status == "chosen" for name, _, status in rows if name == op) == 1
-    assert ("decode_attention", "xla", "chosen") in rows
+    assert ("decode_attention", "xla_blocks", "chosen") in rows
+    assert ("decode_attention", "xla", "next choice") in rows
 
 
 @pytest.mark.parametrize("op", registry.IMPLEMENTATIONS)
