@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.decode_rows import kernels
+from pallas_kernels.decode_rows import kernels, not_one_16_bit_dtype
 from pallas_kernels.exp2 import LOG2_E
 
 _BLOCK = 128  # slots
@@ -19,9 +19,8 @@ _BLOCK = 128  # slots
 
 def unsupported(query: Any, keys: Any, values: Any, page_table: Any) -> str | None:  # noqa: ANN401
     """Why this form is not for arrays of these shapes and dtypes, or None."""
-    dtypes = {jnp.dtype(x.dtype).name for x in (query, keys, values)}
-    if len(dtypes) > 1 or not dtypes <= {"bfloat16", "float16"}:
-        return f"takes bfloat16 or float16, the same for all, got {', '.join(sorted(dtypes))}"
+    if (reason := not_one_16_bit_dtype(query, keys, values)) is not None:
+        return reason
     if keys.shape[2] % _BLOCK:
         return f"takes caches of a multiple of {_BLOCK} slots, got {keys.shape[2]}"
     return None if page_table is None else "takes no page tables"

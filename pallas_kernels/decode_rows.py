@@ -153,6 +153,14 @@ def kernels(
     }
 
 
+def not_one_16_bit_dtype(*arrays: Any) -> str | None:  # noqa: ANN401
+    """Why a kernel for 16-bit caches cannot take these arrays, or None."""
+    dtypes = {jnp.dtype(x.dtype).name for x in arrays}
+    if len(dtypes) > 1 or not dtypes <= {"bfloat16", "float16"}:
+        return f"takes bfloat16 or float16, the same for all, got {', '.join(sorted(dtypes))}"
+    return None
+
+
 def num_slots_of(keys: Any, page_table: Any) -> int:  # noqa: ANN401
     """Slots of a row of a cache [B K S H], or of one in pages [X K Z H] with a table [B P]."""
     return keys.shape[2] * (1 if page_table is None else page_table.shape[1])

@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.combine import combine
 from pallas_kernels.compat import Ref, unsupported_jax
-from pallas_kernels.decode_rows import num_slots_of
+from pallas_kernels.decode_rows import not_one_16_bit_dtype, num_slots_of
 
 BLOCK_KV = 128
 _ROWS_STEP = 8  # rows that are copied in and out: a multiple of the memory tiling
@@ -68,9 +68,8 @@ def decode_config(num_rows: int, tile_rows: int, head_dim: int, num_blocks: int)
 
 def unsupported(query: Any, keys: Any, values: Any, page_table: Any = None) -> str | None:  # noqa: ANN401
     """Why the kernels cannot run with arrays of these shapes and dtypes, or None."""
-    dtypes = {jnp.dtype(x.dtype).name for x in (query, keys, values)}
-    if len(dtypes) > 1 or not dtypes <= {"bfloat16", "float16"}:
-        return f"takes bfloat16 or float16, the same for all, got {', '.join(sorted(dtypes))}"
+    if (reason := not_one_16_bit_dtype(query, keys, values)) is not None:
+        return reason
     if query.shape[-1] not in (64, 128):
         return f"takes head dims 64 and 128, got {query.shape[-1]}"
     num_slots, page_slots = num_slots_of(keys, page_table), keys.shape[2]

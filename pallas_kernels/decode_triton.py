@@ -17,7 +17,7 @@ import triton.language as tl  # pyright: ignore[reportMissingImports]
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.combine import combine
-from pallas_kernels.decode_rows import kernels
+from pallas_kernels.decode_rows import kernels, not_one_16_bit_dtype
 from pallas_kernels.exp2 import LOG2_E
 
 
@@ -42,9 +42,8 @@ def triton_config(num_rows: int, num_slots: int) -> TritonConfig:
 
 def unsupported(query: Any, keys: Any, values: Any, page_table: Any = None) -> str | None:  # noqa: ANN401
     """Why the kernel cannot run with arrays of these shapes and dtypes, or None."""
-    dtypes = {jnp.dtype(x.dtype).name for x in (query, keys, values)}
-    if len(dtypes) > 1 or not dtypes <= {"bfloat16", "float16"}:
-        return f"takes bfloat16 or float16, the same for all, got {', '.join(sorted(dtypes))}"
+    if (reason := not_one_16_bit_dtype(query, keys, values)) is not None:
+        return reason
     if query.shape[-1] not in (64, 128):
         return f"takes head dims 64 and 128, got {query.shape[-1]}"
     if page_table is not None:
