@@ -14,9 +14,11 @@ def test_json_has_all_findings(run, tmp_path):
     for device in findings["devices"]:
         assert device["platform"] == jax.devices()[0].platform
         assert 0 < device["memory_free"] <= device["memory_total"]
-    assert {"op": "decode_attention", "implementation": "xla", "status": "chosen"} in findings[
-        "kernels"
-    ]
+    assert {
+        "op": "decode_attention",
+        "implementation": "xla_blocks",
+        "status": "chosen",
+    } in findings["kernels"]
     assert findings["compilation_cache"] == {
         "folder": str(tmp_path),
         "bytes": 5,
