@@ -82,9 +82,9 @@ def steps(lengths: tuple[int, ...], batches: tuple[int, ...]) -> list[Shape]:
     ]
 
 
-def draw(shape: Shape) -> tuple[jax.Array, ...]:
-    """The arguments of the shape's op, from a fixed seed."""
-    keys = jax.random.split(jax.random.key(0), 3)
+def draw(shape: Shape, seed: int = 0) -> tuple[jax.Array, ...]:
+    """The arguments of the shape's op, from a seed."""
+    keys = jax.random.split(jax.random.key(seed), 3)
     dtype = jnp.dtype(shape.dtype)
     batch, heads, kv_heads, width = shape.batch, shape.heads, shape.kv_heads, shape.head_dim
     normal = functools.partial(jax.random.normal, dtype=dtype)
