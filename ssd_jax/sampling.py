@@ -21,6 +21,7 @@ class Purpose(enum.IntEnum):
     TOKEN = 0  # the target's own choice; under coupled verification the draft's too
     DRAFT = 1  # a draft's choice under rejection sampling
     ACCEPT = 2  # whether a drafted token is accepted
+    HIT = 3  # whether an outcome counts as prepared, where hits are made up
 
 
 def warp(

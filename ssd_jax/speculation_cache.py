@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from ssd_jax.fan_out import FanOut, branch_layout
-from ssd_jax.sampling import Purpose, gumbel_noise, penalize, warp
+from ssd_jax.sampling import Purpose, gumbel_noise, penalize, position_key, warp
 from ssd_jax.types import Draft, PreparedDrafts, Sampling, Verdict
 
 NO_OUTCOME = -2
@@ -39,6 +39,30 @@ def look_up(
     rows = jnp.arange(len(branch), dtype=jnp.int32)
     law = None if prepared.law is None else prepared.law[rows, branch]
     return jnp.any(same, axis=1), branch, prepared.tokens[rows, branch], law
+
+
+def look_up_synthetic(
+    prepared: PreparedDrafts,
+    verdict: Verdict,
+    sampling: Sampling,
+    positions: Int[Array, "B"],
+    hit_rate: Float[Array, ""],
+) -> tuple[Bool[Array, "B"], Int[Array, "B"], Int[Array, "B J"], Float[Array, "B J V"] | None]:
+    """`look_up` in which an outcome counts as prepared with probability `hit_rate`, by chance.
+
+    For measuring what rounds cost apart from how well two models agree. The draft is one that was
+    prepared for as many accepted tokens; where there is none, nothing is found.
+    """
+    same = prepared.num_accepted == verdict.num_accepted[:, None]
+    branch = jnp.argmax(same, axis=1).astype(jnp.int32)
+    rows = jnp.arange(len(branch), dtype=jnp.int32)
+
+    def draw(seed: Array, position: Array) -> Array:
+        return jax.random.uniform(position_key(seed, position, Purpose.HIT))
+
+    hit = jnp.any(same, axis=1) & (jax.vmap(draw)(sampling.seed, positions) < hit_rate)
+    law = None if prepared.law is None else prepared.law[rows, branch]
+    return hit, branch, prepared.tokens[rows, branch], law
 
 
 def guess_outcomes(

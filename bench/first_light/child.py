@@ -21,7 +21,7 @@ def main() -> None:
 
     with given.rows.open("a") as rows:
 
-        def tell(what: str, figure: str, *, ok: bool = True, **details: Any) -> None:  # noqa: ANN401
+        def tell(what: str, figure: str, ok: bool = True, **details: Any) -> None:  # noqa: ANN401
             """One row: what was looked at, what was found, and whether that is right."""
             rows.write(json.dumps({"what": what, "figure": figure, "ok": bool(ok), **details}))
             rows.write("\n")

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from bench import kernel_speed
+from bench.first_light.profiles import describe, kernels_of
 from bench.kernel_speed import Shape
 
 _DIFFERENT = 512e6  # bytes of caches that are read in turn, so that none stays in the L2 cache
@@ -47,13 +48,18 @@ def _forward_figure(result: dict[str, Any]) -> str:
     return f"wrong by {result['wrong']:.2g}" if "wrong" in result else "refused"
 
 
-def caches(*, tell: Tell, dry_run: bool, slots: int, batches: list[int]) -> None:
-    """Decoding, verification and trees over full caches, as a share of what a copy moves."""
+def caches(
+    *, tell: Tell, dry_run: bool, slots: int, batches: list[int], with_parts: bool = False
+) -> None:
+    """Decoding, verification and trees over full caches, as a share of what a copy moves.
+
+    `with_parts` also lists the kernels of each op in the table.
+    """
     copy = _copy(dry_run)
     tell("copy", f"{copy:.0f} GB/s read and written")
     for batch in batches:
         for shape in kernel_speed.steps((slots,), (batch,)):
-            seconds = _seconds_a_call(shape)
+            seconds, parts = _seconds_a_call(shape)
             rate = shape.cache_bytes / seconds / 1e9
             tell(
                 f"{shape.op} B{batch} S{slots} T{shape.tokens}",
@@ -63,10 +69,12 @@ def caches(*, tell: Tell, dry_run: bool, slots: int, batches: list[int]) -> None
                 gb_per_s=rate,
                 share=rate / copy,
             )
+            if parts:
+                tell(f"{shape.op} B{batch} S{slots}", f"of which {parts}", detail=not with_parts)
 
 
-def _seconds_a_call(shape: Shape) -> float:
-    """Seconds of one call, of many in one program, each over a cache of its own.
+def _seconds_a_call(shape: Shape) -> tuple[float, str]:
+    """Seconds of one call, of many in one program, each over a cache of its own, and its kernels.
 
     One dispatch takes longer than a short kernel, so that calls one by one would time the host.
     """
@@ -87,7 +95,7 @@ def _seconds_a_call(shape: Shape) -> float:
             result = run()
         jax.block_until_ready(result)
         times.append((time.perf_counter() - started) / 3 / calls)
-    return statistics.median(times)
+    return statistics.median(times), describe(kernels_of(run), calls)
 
 
 def _copy(dry_run: bool) -> float:

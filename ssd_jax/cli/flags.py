@@ -184,6 +184,13 @@ def _add_speculation_flags(group: argparse._ArgumentGroup) -> None:
         help="accept drafted tokens with this probability whatever they are, to measure speed: the "
         "text is then NOT the model's (default: off)",
     )
+    group.add_argument(
+        "--synthetic-hit-rate",
+        type=number,
+        metavar="RATE",
+        help="ssd with --synthetic-acceptance: count outcomes as prepared with this probability, "
+        "whatever was guessed (default: off)",
+    )
 
 
 def add_sampling_flags(group: argparse._ArgumentGroup) -> None:

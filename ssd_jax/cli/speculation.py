@@ -21,7 +21,14 @@ from ssd_jax.tuning.tuned_file import Tuned, read_tuned
 
 MOST_AUTO = 8  # most tokens that a draft model proposes with --draft-len auto
 METHODS_WITH_MODEL = ("draft", "combined", "ssd")
-_SSD_FLAGS = ("fan_out", "fan_out_after_miss", "fallback", "miss_weight", "tuned")
+_SSD_FLAGS = (
+    "fan_out",
+    "fan_out_after_miss",
+    "fallback",
+    "miss_weight",
+    "tuned",
+    "synthetic_hit_rate",
+)
 
 
 def open_speculation(
@@ -91,6 +98,7 @@ def _open_ssd(args: argparse.Namespace, model: Model) -> SSD:
         ngram=NgramConfig(kind=args.ngram_kind, n=args.ngram_n),
         verification=args.verification,
         synthetic_acceptance=args.synthetic_acceptance,
+        synthetic_hit_rate=args.synthetic_hit_rate,
         **options,
     )
     if args.fan_out_after_miss is not None:

@@ -35,7 +35,13 @@ from ssd_jax.fan_out import FanOut
 from ssd_jax.models.branches import forward_branches, init_branches
 from ssd_jax.models.decoder import compute_logits, forward
 from ssd_jax.sampling import Purpose, counts_along_draft, over_positions, sample_tokens, warp
-from ssd_jax.speculation_cache import favour_misses, guess_outcomes, guess_scores, look_up
+from ssd_jax.speculation_cache import (
+    favour_misses,
+    guess_outcomes,
+    guess_scores,
+    look_up,
+    look_up_synthetic,
+)
 from ssd_jax.types import (
     BranchCache,
     DecodeState,
@@ -84,14 +90,23 @@ def propose(
     sampling: Sampling,
     state: SpeculatorState,
     outcome: Int[Array, "B 3"],
+    synthetic_hit_rate: Float[Array, ""] | None = None,
 ) -> tuple[SpeculatorState, Int[Array, "B _"], Float[Array, "B J V"] | None]:
-    """The draft for the outcome of the last one (tokens, count, whether prepared), and its law."""
+    """The draft for the outcome of the last one (tokens, count, whether prepared), and its law.
+
+    With a synthetic hit rate, outcomes count as prepared by chance.
+    """
     verdict = Verdict(num_accepted=outcome[:, 0], bonus_token=outcome[:, 1])
     before = state.text
     candidates = verified_tokens(state.draft, verdict)
     text = emit(before, sampling, candidates, verdict.num_accepted + 1)
     running = text.finish == Finish.RUNNING
-    found, branch, tokens, law = look_up(state.prepared, verdict)
+    if synthetic_hit_rate is None:
+        found, branch, tokens, law = look_up(state.prepared, verdict)
+    else:
+        found, branch, tokens, law = look_up_synthetic(
+            state.prepared, verdict, sampling, text.lengths, synthetic_hit_rate
+        )
     hit = found & running
     room = draft_room(sampling, text, speculator.draft_len)
     tables = state.tables

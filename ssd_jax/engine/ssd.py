@@ -63,6 +63,7 @@ class Programs:
     target_home: Sharding
     draft_home: Sharding
     synthetic_acceptance: Float[Array, ""] | None
+    synthetic_hit_rate: Float[Array, ""] | None
 
 
 def speculative_speculative(model: Model, ssd: SSD) -> Method:
@@ -111,16 +112,18 @@ def open_programs(model: Model, ssd: SSD) -> Programs:
             f"A fan-out guesses at most as many tokens as the vocabulary has "
             f"({model.config.vocab_size}), got {speculator.fan_out.most_guesses}: lower it."
         )
-    rate = ssd.synthetic_acceptance
+
+    def placed(rate: float | None, where: Sharding) -> Array | None:
+        return None if rate is None else jax.device_put(np.float32(rate), where)
+
     return Programs(
         target=model,
         draft=ssd.draft,
         speculator=speculator,
         target_home=home(model),
         draft_home=home(ssd.draft),
-        synthetic_acceptance=None
-        if rate is None
-        else jax.device_put(np.float32(rate), home(model)),
+        synthetic_acceptance=placed(ssd.synthetic_acceptance, home(model)),
+        synthetic_hit_rate=placed(ssd.synthetic_hit_rate, home(ssd.draft)),
     )
 
 
@@ -154,7 +157,12 @@ def play_round(programs: Programs, run: Run, watch: Watch | None = None) -> Run:
     speculator, draft = programs.speculator, programs.draft
     with _naming("The draft's program (propose)"):
         state, message, law = propose(
-            speculator, draft.params, run.draft_sampling, run.speculator, run.outcome
+            speculator,
+            draft.params,
+            run.draft_sampling,
+            run.speculator,
+            run.outcome,
+            programs.synthetic_hit_rate,
         )
         watch("propose", message)
     message, law = jax.device_put((message, law), programs.target_home)

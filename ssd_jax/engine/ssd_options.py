@@ -35,7 +35,10 @@ class SSD:
         miss_weight: the C of Saguaro sampling, 0 to 1, for verification "rejection": below 1 the
             draft avoids its likeliest tokens, so that rejections are guessed more often.
         synthetic_acceptance: as in `Speculation`. The guesses still follow the models, so that the
-            hit rate is not that of two models which agree so often.
+            hit rate is not that of two models which agree so often, unless that is made up too.
+        synthetic_hit_rate: count outcomes as prepared with this probability whatever was guessed,
+            to measure what rounds cost; only beside synthetic_acceptance. It needs a fan-out of at
+            least 1 everywhere: what has no branch at all is a miss.
     """
 
     draft: Model
@@ -46,12 +49,14 @@ class SSD:
     verification: Verification = "coupled"
     miss_weight: float = 1.0
     synthetic_acceptance: float | None = None
+    synthetic_hit_rate: float | None = None
 
     def __post_init__(self) -> None:
         check_draft_len(self.draft_len)
         check_verification(self.verification, self.synthetic_acceptance)
         object.__setattr__(self, "fan_out", self.both_fan_outs)
         check_preparation(self.draft_len, self.both_fan_outs, self.fallback, self.miss_weight)
+        check_synthetic_hits(self.synthetic_hit_rate, self.synthetic_acceptance)
         if self.miss_weight != 1 and self.verification != "rejection":
             raise RequestError(
                 "miss_weight reweights the law that drafts are drawn from, which only verification "
@@ -97,6 +102,25 @@ class SSD:
             ngram=self.own_ngram,
             miss_weight=float(self.miss_weight),
             mesh=branch_mesh(self.draft),
+        )
+
+
+def check_synthetic_hits(hit_rate: float | None, acceptance: float | None) -> None:
+    """Refuse a hit rate that is no probability, or that would pass for the models' own output.
+
+    Raises:
+        RequestError: naming it.
+    """
+    if hit_rate is None:
+        return
+    if not 0 <= hit_rate <= 1:
+        raise RequestError(
+            f"synthetic_hit_rate must be a probability from 0 to 1, got {hit_rate!r}."
+        )
+    if acceptance is None:
+        raise RequestError(
+            "synthetic_hit_rate is for rounds whose acceptance is made up as well: give "
+            "synthetic_acceptance too, or leave it out."
         )
 
 

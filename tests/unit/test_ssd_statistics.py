@@ -96,6 +96,30 @@ def test_synthetic_acceptance(scale):
     assert scipy.stats.binomtest(first, tries, 0.6).pvalue > FALSE_ALARM
 
 
+@pytest.mark.parametrize("fallback", ["neural", "ngram"])
+def test_synthetic_hits_come_at_their_rate_whatever_the_models_are(fallback):
+    params = [dataclasses.replace(GREEDY, max_tokens=90, seed=row) for row in range(4)]
+
+    def lookups(rate, scale):
+        options = ssd(
+            scale,
+            fan_out=2,
+            fallback=fallback,
+            synthetic_acceptance=0.5,
+            synthetic_hit_rate=rate,
+        )
+        completions = generate(target(), PROMPTS, params, speculation=options)
+        assert [len(c.token_ids) for c in completions] == [90] * 4
+        counts = [c.speculation.lookups for c in completions]
+        return sum(sum(own.hits) for own in counts), sum(sum(own.lookups) for own in counts)
+
+    hits, tries = lookups(1.0, BAD)
+    assert hits == tries
+    assert lookups(0.0, GOOD)[0] == 0
+    hits, tries = lookups(0.7, BAD)
+    assert scipy.stats.binomtest(hits, tries, 0.7).pvalue > FALSE_ALARM
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -106,6 +130,11 @@ def test_synthetic_acceptance(scale):
         ({"miss_weight": 0.5}, "only verification rejection knows, got coupled"),
         ({"draft_len": 65}, "draft_len must be from 1 to 64 tokens, got 65"),
         ({"synthetic_acceptance": -1}, "synthetic_acceptance must be a probability"),
+        ({"synthetic_hit_rate": 0.5}, "give synthetic_acceptance too"),
+        (
+            {"synthetic_hit_rate": 2, "synthetic_acceptance": 0.5},
+            "synthetic_hit_rate must be a probability",
+        ),
         ({"verification": "strict"}, "verification must be one of"),
     ],
 )
