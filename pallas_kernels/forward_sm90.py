@@ -20,12 +20,13 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.compat import Ref, tiled_smem, unsupported_jax
 from pallas_kernels.exp2 import LOG2_E
+from pallas_kernels.register_budgets import register_budgets
 from pallas_kernels.registry import Kernel
 
 TILE_ROWS = 64  # queries of a warpgroup
 COMPUTE_WARPGROUPS = 2
 
-_COMPUTE_REGISTERS, _LOAD_REGISTERS = 240, 24
+_COMPUTE_REGISTERS, _, _LOAD_REGISTERS = register_budgets(240, 240, 24)
 _ROWS = plgpu.Layout.WGMMA.reduce(1)
 _BLOCK_Q = TILE_ROWS * COMPUTE_WARPGROUPS
 
