@@ -71,6 +71,50 @@ def test_hot_loops_behind_a_jump_through_a_table_are_found():
     assert products.matrix_products == 1
 
 
+VOTE = """
+.L_x_1:
+        /*0000*/                   VOTE.ANY P0, !P1 ;
+        /*0010*/              @!P0 BRA `(.L_x_2) ;
+        /*0020*/                   LDTM.x32 R36, tmem[UR4] ;
+        /*0030*/                   {planted} ;
+        /*0040*/                   FENCE.VIEW.ASYNC.T ;
+.L_x_2:
+        /*0050*/                   BAR.SYNC.DEFER_BLOCKING R3, 0x80 ;
+        /*0060*/              @!P1 BRA `(.L_x_4) ;
+.L_x_3:
+        /*0070*/               @P2 BRA `(.L_x_1) ;
+        /*0080*/                   EXIT ;
+.L_x_4:
+        /*0090*/                   BAR.SYNC.DEFER_BLOCKING R3, 0x80 ;
+        /*00a0*/                   BRA `(.L_x_3) ;
+"""
+# The same where the compiler moved the branch out of line.
+VOTE_OUT_OF_LINE = """
+.L_x_1:
+        /*0000*/                   VOTE.ANY P0, !P1 ;
+        /*0010*/               @P0 BRA `(.L_x_3) ;
+.L_x_2:
+        /*0020*/                   BAR.SYNC.DEFER_BLOCKING R3, 0x80 ;
+        /*0030*/               @P2 BRA `(.L_x_1) ;
+        /*0040*/                   EXIT ;
+.L_x_3:
+        /*0050*/                   LDTM.x32 R36, tmem[UR4] ;
+        /*0060*/                   {planted} ;
+        /*0070*/                   FENCE.VIEW.ASYNC.T ;
+        /*0080*/                   BRA `(.L_x_2) ;
+"""
+
+
+@pytest.mark.parametrize("text", [VOTE, VOTE_OUT_OF_LINE])
+@pytest.mark.parametrize(
+    ("planted", "barriers"), [("BAR.SYNC.DEFER_BLOCKING R3, 0x80", 1), ("DEPBAR.LE SB0, 0x1", 0)]
+)
+def test_a_barrier_that_some_warps_of_a_vote_skip_is_seen(text, planted, barriers):
+    (branch,) = sass.vote_branches(text.format(planted=planted))
+    assert branch["LDTM"] == branch["FENCE"] == 1
+    assert branch["BAR"] == barriers
+
+
 def test_a_target_describes_its_device():
     assert 'device_description_str: "NVIDIA B200"' in B200.description()
     assert "major: 9" in H200.description()
