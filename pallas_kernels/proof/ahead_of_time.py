@@ -30,6 +30,7 @@ from typing import Any
 
 from pallas_kernels.proof import sass
 from pallas_kernels.proof.targets import TARGETS, Target
+from pallas_kernels.register_budgets import WARPGROUP_THREADS
 
 INSTALL = (
     'uv venv --python 3.12 .venv-aot && uv pip install -p .venv-aot "jax[cuda13]==0.11.2" '
@@ -45,7 +46,10 @@ class CompiledKernel:
     """What one kernel of a program became: resources and instructions."""
 
     name: str
+    assembler: str  # what made the machine code, and the version of PTX it was given
+    warpgroups: int  # of a block
     registers: int  # at launch, per thread
+    registers_asked: int  # with `setmaxnreg`, per thread, summed over the warpgroups
     spill_store_bytes: int
     spill_load_bytes: int
     shared_bytes: int
@@ -54,6 +58,7 @@ class CompiledKernel:
     products_serialized: bool  # ptxas C7510 and its kin: wgmma waits where it need not
     counts: sass.Counts
     hot_loops: tuple[sass.Counts, ...]  # innermost loops with products, exponentials, TMEM loads
+    vote_branches: tuple[sass.Counts, ...]  # what only some warps of a warpgroup may run
 
 
 class AheadOfTimeError(RuntimeError):
@@ -147,10 +152,16 @@ def _read_kernel(path: pathlib.Path, said: str) -> CompiledKernel:
     disassembly = path.read_text()
     assembler = path.with_suffix(".ptxas").read_text()
     resources = path.with_suffix(".resources.txt").read_text()
+    ptx = path.with_suffix(".ptx").read_text()
     said = said + assembler
+    warpgroups = _number(r"\.maxntid (\d+)", ptx) // WARPGROUP_THREADS
+    registers = _number(r"Used (\d+) registers", assembler)
     return CompiledKernel(
         name=path.stem,
-        registers=_number(r"Used (\d+) registers", assembler),
+        assembler=_assembler(assembler, ptx),
+        warpgroups=warpgroups,
+        registers=registers,
+        registers_asked=sass.registers_asked(disassembly, warpgroups, registers),
         spill_store_bytes=_number(r"(\d+) bytes spill stores", assembler),
         spill_load_bytes=_number(r"(\d+) bytes spill loads", assembler),
         shared_bytes=_number(r"smem_scratch_bytes=(\d+)", resources),
@@ -160,7 +171,17 @@ def _read_kernel(path: pathlib.Path, said: str) -> CompiledKernel:
         products_serialized=bool(re.search(r"C75(08|10|11|12|13|14)|are serialized", said)),
         counts=sass.count(sass.parse(disassembly)[0]),
         hot_loops=tuple(sass.hot_loops(disassembly, HOT)),
+        vote_branches=tuple(sass.vote_branches(disassembly)),
     )
+
+
+def _assembler(report: str, ptx: str) -> str:
+    """What wrote a report: the program ptxas, or the library nvJitLink, which adds lines to it."""
+    library = re.search(r"^info +:|application ptx input", report, re.MULTILINE)
+    version = re.search(r"^\.version (\S+)", ptx, re.MULTILINE)
+    if version is None:
+        raise AheadOfTimeError(f"the PTX should name its version, it begins with {ptx[:200]!r}.")
+    return f"{'nvJitLink' if library else 'ptxas'}, PTX {version[1]}"
 
 
 def _number(pattern: str, text: str) -> int:

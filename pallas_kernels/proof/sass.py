@@ -98,6 +98,23 @@ def hot_loops(text: str, opcodes: tuple[str, ...]) -> list[Counts]:
     return [found for body, found in hot if not any(other < body for other, _ in hot)]
 
 
+def registers_asked(text: str, warpgroups: int, at_launch: int) -> int:
+    """The most registers that a block's warpgroups want at once, a thread of each, in sum.
+
+    That is, once all have run their `setmaxnreg`. Whoever releases some is one warpgroup; all
+    others may ask for the largest number that the program asks for, or keep what they start with.
+    """
+    released, largest = [], at_launch
+    for instruction in parse(text)[0]:
+        if instruction.opcode.startswith("USETMAXREG."):
+            registers = int(instruction.operands.rstrip(" ;").split(", ")[-1], 16)
+            if "DEALLOC" in instruction.opcode:
+                released.append(registers)
+            else:
+                largest = max(largest, registers)
+    return sum(released) + (warpgroups - len(released)) * largest
+
+
 def vote_branches(text: str) -> list[Counts]:
     """Counts of what a warp does only if one of its lanes votes for it, vote by vote.
 

@@ -115,6 +115,17 @@ def test_a_barrier_that_some_warps_of_a_vote_skip_is_seen(text, planted, barrier
     assert branch["BAR"] == barriers
 
 
+BUDGETS = """
+        /*0000*/                   USETMAXREG.TRY_ALLOC.CTAPOOL UP0, 0xd0 ;
+        /*0010*/                   USETMAXREG.DEALLOC.CTAPOOL 0x60 ;
+"""
+
+
+@pytest.mark.parametrize(("text", "asked"), [(BUDGETS, 2 * 208 + 96), ("", 3 * 168)])
+def test_registers_asked_are_those_of_all_warpgroups(text, asked):
+    assert sass.registers_asked(text, warpgroups=3, at_launch=168) == asked
+
+
 def test_a_target_describes_its_device():
     assert 'device_description_str: "NVIDIA B200"' in B200.description()
     assert "major: 9" in H200.description()
@@ -169,6 +180,8 @@ def compiled(case, target, **options):
     for kernel in kernels:
         assert not kernel.register_budgets_ignored
         assert not kernel.products_serialized
+        assert kernel.registers_asked <= kernel.registers * kernel.warpgroups
+        assert all(branch["BAR"] == 0 for branch in kernel.vote_branches)
         assert kernel.spill_store_bytes <= SPILLED_BYTES
         assert kernel.spill_load_bytes <= SPILLED_BYTES
         assert kernel.tensor_columns <= target.tensor_columns
@@ -285,6 +298,8 @@ def test_forward_sm100_counts(case):
     over_head, over_block = head_dim // DEPTH, config.block_kv // DEPTH
     assert kernel.counts.matrix_products == config.tiles * (2 * over_head + over_block)
     assert kernel.tensor_columns == config.tmem_columns(head_dim)
+    # The factors of a tile's rows are voted on where its accumulator is rescaled.
+    assert len(kernel.vote_branches) == config.tiles
     softmax = [loop for loop in kernel.hot_loops if loop[EXP]]
     assert sorted(loop[EXP] for loop in softmax) == sorted(
         config.tiles * ([scores - by_polynomial] + [scores] * masked)
@@ -295,6 +310,15 @@ def test_forward_sm100_counts(case):
     assert sum(loop.matrix_products for loop in kernel.hot_loops) == config.tiles * (
         over_head + over_block
     )
+
+
+@pytest.mark.slow
+def test_a_meeting_of_the_warpgroup_in_a_vote_is_seen_in_machine_code():
+    if (reason := reason_to_skip()) is not None:
+        pytest.skip(reason)
+    (kernel,) = ahead_of_time.compile_case("forward_cases:compiled_to_meet_in_votes", B200)
+    assert all(branch["BAR"] > 0 for branch in kernel.vote_branches)
+    assert len(kernel.vote_branches) == 2
 
 
 @pytest.mark.slow

@@ -26,6 +26,7 @@ def environment():
 def test_compiles_for_b200(case):
     options = CASES[case]
     (kernel,) = compile_case("decode_cases:program", TARGETS["b200"], **options)
+    assert kernel.registers_asked <= kernel.registers * kernel.warpgroups
     assert not kernel.register_budgets_ignored
     assert kernel.spill_store_bytes + kernel.spill_load_bytes == 0
     assert kernel.shared_bytes <= 227 * 1024
@@ -38,6 +39,9 @@ def test_compiles_for_b200(case):
     # A product takes 16 of what is summed over: head dims for the scores, keys for the sums. Scores
     # come before the loop and in it; one tile has code for each of its two score buffers.
     buffers = 2 if tiles == 1 else 1
+    # Warps vote on rescaling, in the loop with masks and the one without.
+    assert len(kernel.vote_branches) == tiles * buffers * 2
+    assert all(branch["BAR"] == 0 for branch in kernel.vote_branches)
     scores, sums = head_dim // 16, 128 // 16
     assert counts["UTCHMMA"] == tiles * (scores + buffers * (scores + sums))
 
@@ -60,6 +64,7 @@ HOPPER_CASES = {
 def test_compiles_for_h200(case):
     options = HOPPER_CASES[case]
     (kernel,) = compile_case("decode_cases:program", TARGETS["h200"], kernel="sm_90", **options)
+    assert kernel.registers_asked <= kernel.registers * kernel.warpgroups
     assert not kernel.register_budgets_ignored
     assert not kernel.products_serialized
     assert kernel.spill_store_bytes + kernel.spill_load_bytes <= 16
