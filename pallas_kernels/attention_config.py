@@ -9,11 +9,11 @@ import dataclasses
 from typing import Literal
 
 from pallas_kernels.exp2 import COEFFICIENTS
+from pallas_kernels.register_budgets import register_budgets
 
 TILE_ROWS = 128  # rows of the tensor core's accumulator, and of tensor memory
 TMEM_COLUMNS = 512  # per SM, 32 bit each
 SMEM_BYTES = 227 * 1024  # what one block may have of an SM's shared memory
-WARPGROUP_REGISTERS = 512  # 64 K registers of an SM over 128 threads a warpgroup
 OUT_COLUMNS = 32  # columns of the output that leave through one staging buffer
 # What shared memory holds beside the tiles: row factors, barriers, the tensor memory's address.
 SMEM_RESERVE = 1024 + 2048
@@ -38,7 +38,8 @@ class ForwardConfig:
     out_stages: staging buffers of the output.
     pair: two SMs multiply together, rows of both by keys of which each holds one half; halves what
         an SM loads and stores of keys and values. The interpreter cannot run it.
-    registers: per thread of the softmax, the correction and the load/multiply warpgroup.
+    registers: per thread of the softmax, the correction and the load/multiply warpgroup (see
+        `register_budgets`).
     """
 
     tiles: int = 2
@@ -91,13 +92,7 @@ class ForwardConfig:
                 f"rescale_threshold must not be negative, got {self.rescale_threshold}."
             )
         softmax, correction, other = self.registers
-        if any(count % 8 for count in self.registers) or (
-            self.tiles * softmax + correction + other > WARPGROUP_REGISTERS
-        ):
-            raise ValueError(
-                f"registers must be multiples of 8 that sum to at most {WARPGROUP_REGISTERS} over "
-                f"the {self.tiles + 2} warpgroups, got {self.registers}."
-            )
+        register_budgets(*[softmax] * self.tiles, correction, other)
 
     @property
     def num_chunks(self) -> int:
@@ -153,7 +148,7 @@ def forward_config(
         return ForwardConfig()
     if head_dim <= 192:
         return ForwardConfig(block_kv=64)
-    return ForwardConfig(tiles=1, kv_stages=1, overlay="none", registers=(232, 152, 128))
+    return ForwardConfig(tiles=1, kv_stages=1, overlay="none", registers=(232, 144, 128))
 
 
 def paired(config: ForwardConfig) -> ForwardConfig:

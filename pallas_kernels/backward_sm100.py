@@ -24,7 +24,6 @@ from pallas_kernels.backward_tiles_sm100 import (
     key_value_gradient_kernel,
     query_gradient_kernel,
 )
-from pallas_kernels.compat import unsupported_jax
 from pallas_kernels.exp2 import LOG2_E
 from pallas_kernels.reference import zero_past
 from pallas_kernels.registry import Kernel
@@ -50,9 +49,6 @@ def unsupported(
 ) -> str | None:
     """Why these kernels cannot compute the gradients of a call, or None; takes shapes."""
     del lengths, out, lse, lse_gradient, scale
-    reason = unsupported_jax()
-    if reason is not None:
-        return reason
     dtypes = {str(x.dtype) for x in (query, key, value, out_gradient)}
     if dtypes not in ({"bfloat16"}, {"float16"}):
         return f"needs one dtype, bfloat16 or float16, for all arrays, got {sorted(dtypes)}"

@@ -27,13 +27,14 @@ from pallas_kernels.compat import (
     wait_tmem_stores,
 )
 from pallas_kernels.exp2 import LOG2_E
+from pallas_kernels.register_budgets import register_budgets
 
 TILE = 128
 HALF = TILE // 2
 TENSOR_COLUMNS = 512
 
 _COLUMN_LAYOUT = OUT_LAYOUT.reduce(0)
-_COMPUTE_REGISTERS, _FEEDER_REGISTERS = 216, 72
+_COMPUTE_REGISTERS, _, _FEEDER_REGISTERS = register_budgets(216, 216, 72)
 _TMA_WARP, _MMA_WARP, _FEEDER = 0, 1, 2
 
 

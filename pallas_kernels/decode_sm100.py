@@ -41,13 +41,14 @@ from pallas_kernels.decode_splits import (
     unsupported,
 )
 from pallas_kernels.exp2 import LOG2_E
+from pallas_kernels.register_budgets import register_budgets
 
 TILE_ROWS = 128
 _CHUNK = 32  # columns of scores or accumulators that a thread works on at once
 _OUT_CHUNK = 16  # columns of the output that leave at once
 _LOAD_WARP, _MULTIPLY_WARP = 0, 1
-# Registers a thread has with two tiles, of 512 for a thread of each warpgroup: softmax, others.
-_SOFTMAX_REGISTERS, _OTHER_REGISTERS = 208, 96
+# With two tiles: the warpgroups of the softmax, and the one that loads and multiplies.
+_SOFTMAX_REGISTERS, _, _OTHER_REGISTERS = register_budgets(208, 208, 88)
 
 
 def _score_slots(shape: Shape) -> int:

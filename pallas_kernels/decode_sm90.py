@@ -32,13 +32,14 @@ from pallas_kernels.decode_splits import (
     unsupported,
 )
 from pallas_kernels.exp2 import LOG2_E
+from pallas_kernels.register_budgets import register_budgets
 
 TILE_ROWS = 64
 _OUT_COLUMNS = 32  # columns of the output that leave at once
 _LAYOUT = plgpu.Layout.WGMMA
 _ROW_LAYOUT = plgpu.Layout.WGMMA.reduce(1)
-# Registers a thread has with two tiles, of 512 for a thread of each warpgroup: tiles, loading.
-_TILE_REGISTERS, _LOAD_REGISTERS = 232, 40
+# With two tiles: their warpgroups, and the one that loads.
+_TILE_REGISTERS, _, _LOAD_REGISTERS = register_budgets(232, 232, 40)
 
 
 def _build(shape: Shape, interpret: Any) -> Any:  # noqa: ANN401

@@ -24,7 +24,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.combine import combine
-from pallas_kernels.compat import Ref, unsupported_jax
+from pallas_kernels.compat import Ref
 from pallas_kernels.decode_rows import not_one_16_bit_dtype, num_slots_of
 
 BLOCK_KV = 128
@@ -77,7 +77,7 @@ def unsupported(query: Any, keys: Any, values: Any, page_table: Any = None) -> s
         return f"takes caches of a multiple of {BLOCK_KV} slots, got {num_slots}"
     if page_slots % BLOCK_KV and BLOCK_KV % page_slots:
         return f"takes pages of a part or a multiple of {BLOCK_KV} slots, got {page_slots}"
-    return unsupported_jax()
+    return None
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

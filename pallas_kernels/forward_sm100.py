@@ -9,7 +9,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.attention_config import ForwardConfig, forward_config
-from pallas_kernels.compat import unsupported_jax
 from pallas_kernels.forward_roles_sm100 import ForwardKernel
 from pallas_kernels.forward_schedule import Schedule
 from pallas_kernels.registry import Kernel
@@ -120,7 +119,7 @@ def unsupported(
     if scale <= 0:
         return f"needs a positive scale, not {scale}"
     config = config or forward_config(head_dim, soft_cap=soft_cap, window=window)
-    return unsupported_jax() or config.does_not_fit(head_dim)
+    return config.does_not_fit(head_dim)
 
 
 KERNELS = {"attention": Kernel(run=attention, unsupported=unsupported)}

@@ -18,14 +18,15 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.compat import Ref, tiled_smem, unsupported_jax
+from pallas_kernels.compat import Ref, tiled_smem
 from pallas_kernels.exp2 import LOG2_E
+from pallas_kernels.register_budgets import register_budgets
 from pallas_kernels.registry import Kernel
 
 TILE_ROWS = 64  # queries of a warpgroup
 COMPUTE_WARPGROUPS = 2
 
-_COMPUTE_REGISTERS, _LOAD_REGISTERS = 240, 24
+_COMPUTE_REGISTERS, _, _LOAD_REGISTERS = register_budgets(240, 240, 24)
 _ROWS = plgpu.Layout.WGMMA.reduce(1)
 _BLOCK_Q = TILE_ROWS * COMPUTE_WARPGROUPS
 
@@ -69,9 +70,6 @@ def unsupported(
 ) -> str | None:
     """Why the kernel cannot compute a call, or None; takes shapes."""
     del lengths, start, causal, scale
-    reason = unsupported_jax()
-    if reason is not None:
-        return reason
     dtypes = {str(x.dtype) for x in (query, key, value)}
     if dtypes not in ({"bfloat16"}, {"float16"}):
         return f"needs one dtype, bfloat16 or float16, for all arrays, got {sorted(dtypes)}"

@@ -13,6 +13,9 @@ from typing import Any
 import jax
 
 XLA = "xla"
+# The JAX that assembles Mosaic GPU kernels as they are written. From 0.12 on it does so with
+# nvJitLink, wherever that library is, which ignores `setmaxnreg` (C7504); no option changes it.
+MOSAIC_JAX = "0.11"
 
 
 class UnsupportedError(NotImplementedError):
@@ -62,7 +65,8 @@ class Implementation:
     """One way to compute an op: its module is imported once a device and a call fit.
 
     `platform` is the one it is for, None any; `capabilities` are the CUDA devices it is for, none
-    of them means that every device will do. `needs` is a package it imports besides jax.
+    of them means that every device will do. `needs` is a package it imports besides jax, and
+    `needs_jax` the only version of JAX ("0.11") that compiles it well for a device; None: all do.
     """
 
     name: str
@@ -70,6 +74,7 @@ class Implementation:
     platform: str | None = None
     capabilities: tuple[tuple[int, int], ...] = ()
     needs: str | None = None
+    needs_jax: str | None = None
 
     def unsupported_chip(self, chip: Chip) -> str | None:
         """Why it cannot run on this chip, or None."""
@@ -78,6 +83,12 @@ class Implementation:
         if self.capabilities and chip.capability not in self.capabilities:
             wanted = " or ".join(f"sm_{major}{minor}" for major, minor in self.capabilities)
             return f"needs a GPU of {wanted}, and this device is {_describe(chip)}"
+        if self.needs_jax is not None and not jax.__version__.startswith(f"{self.needs_jax}."):
+            return (
+                f"needs JAX {self.needs_jax}, and this is JAX {jax.__version__}: from 0.12 on it "
+                "assembles with nvJitLink, which ignores register budgets, so that kernels spill; "
+                'pip install "jax[cuda13]==0.11.2"'
+            )
         if self.needs is not None and importlib.util.find_spec(self.needs) is None:
             return f"needs the package {self.needs}, which is not installed"
         return None
@@ -134,27 +145,31 @@ def _describe(chip: Chip) -> str:
 
 _XLA = (Implementation(name=XLA, module="pallas_kernels.reference"),)
 
+
+def _mosaic(module: str, capability: tuple[int, int]) -> Implementation:
+    """A module of Mosaic GPU kernels for one chip."""
+    major, minor = capability
+    return Implementation(
+        name=f"mosaic_sm{major}{minor}",
+        module=f"pallas_kernels.{module}",
+        capabilities=(capability,),
+        needs_jax=MOSAIC_JAX,
+    )
+
+
 # Each lists only chips that it was compiled for in tests.
 _ATTENTION = (
-    Implementation(
-        name="mosaic_sm100", module="pallas_kernels.forward_sm100", capabilities=((10, 0),)
-    ),
-    Implementation(
-        name="mosaic_sm90", module="pallas_kernels.forward_sm90", capabilities=((9, 0),)
-    ),
+    _mosaic("forward_sm100", (10, 0)),
+    _mosaic("forward_sm90", (9, 0)),
     *_XLA,
 )
 _ATTENTION_BACKWARD = (
-    Implementation(
-        name="mosaic_sm100", module="pallas_kernels.backward_sm100", capabilities=((10, 0),)
-    ),
+    _mosaic("backward_sm100", (10, 0)),
     *_XLA,
 )
 _DECODE = (
-    Implementation(
-        name="mosaic_sm100", module="pallas_kernels.decode_sm100", capabilities=((10, 0),)
-    ),
-    Implementation(name="mosaic_sm90", module="pallas_kernels.decode_sm90", capabilities=((9, 0),)),
+    _mosaic("decode_sm100", (10, 0)),
+    _mosaic("decode_sm90", (9, 0)),
     Implementation(
         name="triton",
         module="pallas_kernels.decode_triton",

@@ -8,6 +8,7 @@ model for comparing kernels, not a prediction.
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 from pallas_kernels.proof.ahead_of_time import CompiledKernel
 from pallas_kernels.proof.sass import Counts
@@ -117,7 +118,7 @@ class Step:
         work: what a step of one block must do.
         exp_warpgroups: warpgroups whose loops take the exponentials.
         bodies: loops among which these warpgroups are spread evenly; the masked variants of a loop
-            are longer and are left out.
+            are longer and are counted apart.
         other_warpgroups: warpgroups that touch tensor memory without exponentials (rescaling).
         issue_warps: single warps that issue products.
     """
@@ -147,33 +148,43 @@ class Achieved:
         return max(self.issue, self.special, *work)
 
 
-def exp_loops(kernel: CompiledKernel, bodies: int) -> list[Counts]:
-    """The shortest `bodies` of the innermost loops that take exponentials of whole tiles."""
-    most = max((loop[EXP] for loop in kernel.hot_loops), default=0)
-    whole = [loop for loop in kernel.hot_loops if most and 2 * loop[EXP] > most]
-    return sorted(whole, key=lambda loop: loop.total)[:bodies]
+def exp_loops(loops: Sequence[Counts], bodies: int, *, masked: bool = False) -> list[Counts]:
+    """The shortest `bodies` of the innermost loops that take exponentials of whole tiles.
+
+    If `masked`, the longest of the others: those of key blocks that are seen in part.
+    """
+    most = max((loop[EXP] for loop in loops), default=0)
+    whole = [loop for loop in loops if most and 2 * loop[EXP] > most]
+    whole.sort(key=lambda loop: loop.total)
+    return whole[bodies:][-bodies:] if masked else whole[:bodies]
 
 
-def achieved(kernel: CompiledKernel, step: Step, target: Target) -> Achieved:
-    """What the loops of a kernel cost in a step."""
-    softmax = exp_loops(kernel, step.bodies)
-    warpgroups = step.exp_warpgroups
-    issue = sum(loop.total for loop in softmax) * warpgroups / len(softmax)
-    special = sum(loop["MUFU"] for loop in softmax) * warpgroups / len(softmax)
+def issue_slots(
+    kernel: CompiledKernel, softmax: Sequence[Counts], step: Step, target: Target
+) -> float:
+    """Issue slots of a scheduler in a step whose exponentials these loops take."""
+    issue = sum(loop.total for loop in softmax) * step.exp_warpgroups / len(softmax)
     others = [loop for loop in kernel.hot_loops if not loop[EXP]]
     correcting = [loop for loop in others if loop["LDTM"] and not loop.matrix_products]
     issuing = [loop for loop in others if loop.matrix_products]
     if correcting:
         issue += sum(loop.total for loop in correcting) * step.other_warpgroups / len(correcting)
     # One warp sits on one of the schedulers: its slots are spread over all of them.
-    issue += sum(loop.total for loop in issuing) * step.issue_warps / target.schedulers
+    return issue + sum(loop.total for loop in issuing) * step.issue_warps / target.schedulers
+
+
+def achieved(kernel: CompiledKernel, step: Step, target: Target) -> Achieved:
+    """What the loops of a kernel cost in a step."""
+    softmax = exp_loops(kernel.hot_loops, step.bodies)
+    warpgroups = step.exp_warpgroups
+    special = sum(loop["MUFU"] for loop in softmax) * warpgroups / len(softmax)
     clocks = WARP * target.schedulers / target.exp_per_clock
     scores = step.work.exponentials / (WARPGROUP_THREADS * warpgroups)
     found = sum(loop[EXP] for loop in softmax) / len(softmax)
     return Achieved(
         bound=step.work.bound(target),
         work=step.work.clocks(target),
-        issue=issue,
+        issue=issue_slots(kernel, softmax, step, target),
         special=special * clocks,
         exponentials_per_score=found / scores,
     )
@@ -182,9 +193,11 @@ def achieved(kernel: CompiledKernel, step: Step, target: Target) -> Achieved:
 def row(kernel: CompiledKernel, step: Step, target: Target) -> dict[str, object]:
     """One line of the comparison; a tile is 128 x 128 scores."""
     found = achieved(kernel, step, target)
+    masked = exp_loops(kernel.hot_loops, step.bodies, masked=True)
     return {
         "kernel": step.name,
         "target": target.name,
+        "assembler": kernel.assembler,
         "registers": kernel.registers,
         "spilled": kernel.spill_store_bytes + kernel.spill_load_bytes,
         "shared": kernel.shared_bytes,
@@ -192,6 +205,7 @@ def row(kernel: CompiledKernel, step: Step, target: Target) -> dict[str, object]
         **{f"{unit}_clocks": round(clocks) for unit, clocks in found.work.items()},
         "bound": round(found.bound),
         "issue": round(found.issue),
+        "masked_issue": round(issue_slots(kernel, masked, step, target)) if masked else "",
         "special": round(found.special),
         "exp_per_score": round(found.exponentials_per_score, 3),
         "issue_to_bound": round(found.issue / found.bound, 3),

@@ -1,27 +1,30 @@
-"""What a GPU program does, read from its disassembly (SASS): instruction counts, whole and by loop.
+"""What a GPU program does, read from its disassembly (SASS): instruction counts, whole and by part.
 
 Loops are natural loops of the control flow graph: a static count over the program mixes prologues,
-tails and both halves of a causal loop, a count over a loop's body is what one step costs.
+tails and both halves of a causal loop, a count over a loop's body is what one step costs. What a
+vote of a warp decides about is counted by itself: a barrier there hangs, if warps vote differently.
 """
 
 import collections
 import dataclasses
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 
 _LABEL = re.compile(r"^\s*(\.L_x_\d+):\s*$")
 _INSTRUCTION = re.compile(
     r"/\*[0-9a-f]{4,}\*/\s+(?P<guard>@!?U?P[T\d]+\s+)?(?P<opcode>[A-Z][A-Z0-9_]*[.\w]*)(?P<rest>[^/]*)"
 )
 _TARGET = re.compile(r"\.L_x_\d+")
+_VOTED = re.compile(r"(?:R\w+, )?(P\d),")
 _ENDS = ("EXIT", "RET", "KILL", "RPCMOV")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Instruction:
-    """One instruction: opcode with its modifiers, whether it is predicated, where it may jump."""
+    """One instruction: opcode with its modifiers, on what condition it runs, where it may jump."""
 
     opcode: str
+    guard: str  # "@P0" or "@!P0", often empty
     guarded: bool
     operands: str
     target: str | None
@@ -74,6 +77,7 @@ def parse(text: str) -> tuple[list[Instruction], dict[str, int]]:
             instructions.append(
                 Instruction(
                     opcode=opcode,
+                    guard=guard,
                     guarded=guard not in ("", "@PT", "@UPT") or opcode.startswith("BRA.U"),
                     operands=rest.strip(),
                     target=jump[0] if jump else None,
@@ -86,17 +90,71 @@ def parse(text: str) -> tuple[list[Instruction], dict[str, int]]:
 
 def hot_loops(text: str, opcodes: tuple[str, ...]) -> list[Counts]:
     """Counts of the innermost loops that hold one of the opcodes, in program order."""
-    instructions, labels = parse(text)
-    blocks = _blocks(instructions, labels)
+    instructions, blocks, successors = _graph(text)
     counted = [
-        (
-            body,
-            count([instructions[i] for block in sorted(body) for i in range(*blocks[block])]),
-        )
-        for body in _natural_loops(blocks, instructions, labels)
+        (body, _count_blocks(body, blocks, instructions)) for body in _natural_loops(successors)
     ]
     hot = [(body, found) for body, found in counted if any(found[opcode] for opcode in opcodes)]
     return [found for body, found in hot if not any(other < body for other, _ in hot)]
+
+
+def registers_asked(text: str, warpgroups: int, at_launch: int) -> int:
+    """The most registers that a block's warpgroups want at once, a thread of each, in sum.
+
+    That is, once all have run their `setmaxnreg`. Whoever releases some is one warpgroup; all
+    others may ask for the largest number that the program asks for, or keep what they start with.
+    """
+    released, largest = [], at_launch
+    for instruction in parse(text)[0]:
+        if instruction.opcode.startswith("USETMAXREG."):
+            registers = int(instruction.operands.rstrip(" ;").split(", ")[-1], 16)
+            if "DEALLOC" in instruction.opcode:
+                released.append(registers)
+            else:
+                largest = max(largest, registers)
+    return sum(released) + (warpgroups - len(released)) * largest
+
+
+def vote_branches(text: str) -> list[Counts]:
+    """Counts of what a warp does only if one of its lanes votes for it, vote by vote.
+
+    That is all between the jump by the result of a vote and where both ways meet again.
+    """
+    instructions, blocks, successors = _graph(text)
+    meeting = _postdominators(successors)
+    return [
+        _count_blocks(_between(number, meeting[number], successors), blocks, instructions)
+        for number, (first, end) in enumerate(blocks)
+        if _jumps_by_vote(instructions[first:end])
+    ]
+
+
+def _jumps_by_vote(block: list[Instruction]) -> bool:
+    """Whether the last instruction of a block jumps, or not, as a vote before it says."""
+    jump = block[-1]
+    votes = [_VOTED.match(one.operands) for one in block if one.opcode == "VOTE.ANY"]
+    voted = {vote[1] for vote in votes if vote is not None}
+    return jump.target is not None and jump.guard.lstrip("@!") in voted
+
+
+def _count_blocks(
+    numbers: Set[int], blocks: list[tuple[int, int]], instructions: list[Instruction]
+) -> Counts:
+    """The counts of some basic blocks."""
+    return count([instructions[i] for number in numbers for i in range(*blocks[number])])
+
+
+def _graph(text: str) -> tuple[list[Instruction], list[tuple[int, int]], list[list[int]]]:
+    """The instructions of a disassembly, its basic blocks, and what each leads to."""
+    instructions, labels = parse(text)
+    blocks = _blocks(instructions, labels)
+    block_of = {start: number for number, (start, _) in enumerate(blocks)}
+    successors = [
+        list(_successors(number, blocks, instructions, labels, block_of))
+        for number in range(len(blocks))
+    ]
+    _add_indirect_jumps(successors, blocks, instructions)
+    return instructions, blocks, successors
 
 
 def _blocks(instructions: list[Instruction], labels: dict[str, int]) -> list[tuple[int, int]]:
@@ -109,21 +167,9 @@ def _blocks(instructions: list[Instruction], labels: dict[str, int]) -> list[tup
     return list(zip(ordered, [*ordered[1:], len(instructions)], strict=True))
 
 
-def _natural_loops(
-    blocks: list[tuple[int, int]], instructions: list[Instruction], labels: dict[str, int]
-) -> list[frozenset[int]]:
+def _natural_loops(successors: list[list[int]]) -> list[frozenset[int]]:
     """The loops as sets of blocks, one for each loop head, ordered by head."""
-    block_of = {start: number for number, (start, _) in enumerate(blocks)}
-    successors = [
-        list(_successors(number, blocks, instructions, labels, block_of))
-        for number in range(len(blocks))
-    ]
-    _add_indirect_jumps(successors, blocks, instructions)
-    dominators = _dominators(successors)
-    predecessors: list[list[int]] = [[] for _ in blocks]
-    for block, nexts in enumerate(successors):
-        for following in nexts:
-            predecessors[following].append(block)
+    dominators, predecessors = _dominators(successors), _reversed(successors)
     bodies: dict[int, set[int]] = {}
     for block, nexts in enumerate(successors):
         for head in nexts:
@@ -185,6 +231,38 @@ def _reachable(first: int, successors: list[list[int]]) -> set[int]:
         new = set(successors[stack.pop()]) - found
         found |= new
         stack.extend(new)
+    return found
+
+
+def _reversed(successors: list[list[int]]) -> list[list[int]]:
+    """For each block those that lead to it."""
+    predecessors: list[list[int]] = [[] for _ in successors]
+    for block, nexts in enumerate(successors):
+        for following in nexts:
+            predecessors[following].append(block)
+    return predecessors
+
+
+def _postdominators(successors: list[list[int]]) -> list[set[int]]:
+    """For every block the others on every path from it to an end of the program."""
+    # Blocks are counted from 1 on: 0 is an end that all ends lead to.
+    onward = [[]] + [[following + 1 for following in nexts] or [0] for nexts in successors]
+    dominators = _dominators(_reversed(onward))
+    return [
+        {other - 1 for other in dominators.get(block + 1, ()) if other not in (0, block + 1)}
+        for block in range(len(successors))
+    ]
+
+
+def _between(first: int, stops: set[int], successors: list[list[int]]) -> set[int]:
+    """The blocks that a block leads to without passing one of `stops`."""
+    found: set[int] = set()
+    stack = list(successors[first])
+    while stack:
+        block = stack.pop()
+        if block not in stops and block not in found:
+            found.add(block)
+            stack.extend(successors[block])
     return found
 
 

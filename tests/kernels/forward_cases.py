@@ -1,13 +1,15 @@
 """Cases of the Blackwell forward kernel; each runs in the interpreter, in a process of its own."""
 
 import dataclasses
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from faults import without
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import forward_sm100
+from pallas_kernels import forward_roles_sm100, forward_sm100
 from pallas_kernels.attention_config import forward_config
 from pallas_kernels.forward_roles_sm100 import ForwardKernel
 from pallas_kernels.proof.interpret import params
@@ -125,6 +127,21 @@ def compiled(
         return forward_sm100.attention(query, key, value, lengths, None, **options, config=config)
 
     return run, (query, key, key, *lengths)
+
+
+def compiled_to_meet_in_votes(**options):
+    """The same where the warpgroup meets in what its warps vote about: some would never come."""
+    run, shapes = compiled(**options)
+
+    def meet(*, interpret):
+        del interpret
+        plgpu.wait_load_tmem()
+
+    def run_faulty(*arrays):
+        with mock.patch.object(forward_roles_sm100, "wait_tmem_loads", meet):
+            return run(*arrays)
+
+    return run_faulty, shapes
 
 
 def faulty(*, fault, **arguments):

@@ -15,6 +15,7 @@ from pallas_kernels.attention_config import (
 )
 from pallas_kernels.forward_roles_sm100 import ForwardKernel
 from pallas_kernels.forward_schedule import Schedule
+from pallas_kernels.register_budgets import register_budgets, registers_at_launch
 
 
 @pytest.mark.parametrize("head_dim", forward_sm100.HEAD_DIMS)
@@ -42,6 +43,26 @@ def test_forward_config_fits_an_sm(head_dim):
 def test_forward_config_refuses_what_cannot_be_built_and_names_it(field, value):
     with pytest.raises(ValueError, match=field):
         ForwardConfig(**{field: value})
+
+
+@pytest.mark.parametrize(("warpgroups", "registers"), [(2, 256), (3, 168), (4, 128)])
+def test_registers_at_launch_are_those_of_an_sm_over_all_threads(warpgroups, registers):
+    assert registers_at_launch(warpgroups) == registers
+
+
+@pytest.mark.parametrize(
+    "budgets",
+    [(232, 152, 128), (208, 208, 96), (184, 184, 80, 72), (236, 136, 128), (240, 240, 16)],
+)
+def test_register_budgets_refuse_what_the_block_does_not_own_or_the_instruction_takes(budgets):
+    with pytest.raises(ValueError, match="registers must be multiples of 8"):
+        register_budgets(*budgets)
+
+
+@pytest.mark.parametrize("budgets", [(232, 144, 128), (208, 208, 88), (184, 184, 80, 64)])
+def test_register_budgets_may_use_up_what_the_block_owns(budgets):
+    owned = registers_at_launch(len(budgets)) * len(budgets)
+    assert sum(register_budgets(*budgets)) == owned
 
 
 def test_a_pair_needs_the_memory_of_one_block_for_twice_the_stages():

@@ -212,6 +212,22 @@ def test_reasons_of_chips(changes, reason):
     assert dataclasses.replace(FAKE, **changes).unsupported_chip(HOPPER) == reason
 
 
+def test_a_gpu_with_a_jax_that_ignores_register_budgets_is_told_to_take_another(monkeypatch):
+    def answers(version):
+        monkeypatch.setattr(jax, "__version__", version)
+        return {
+            one.name: one.unsupported_chip(HOPPER)
+            for one in registry.IMPLEMENTATIONS["attention"]
+            if "sm100" not in one.name
+        }
+
+    assert answers("0.11.2") == {"mosaic_sm90": None, "xla": None}
+    told = answers("0.12.0.1")
+    assert told["xla"] is None
+    for part in ("JAX 0.11", "0.12.0.1", "nvJitLink", 'pip install "jax[cuda13]==0.11.2"'):
+        assert part in told["mosaic_sm90"]
+
+
 def test_every_implementation_has_a_kernel_and_explains_itself():
     rows = pallas_kernels.explain(jax.devices()[0])
     assert {op for op, _, _ in rows} == set(registry.IMPLEMENTATIONS)
@@ -230,8 +246,9 @@ def test_registered_modules_implement_their_ops(op):
             assert callable(implementation.kernel(op).run)
 
 
-def test_a_gpu_is_offered_its_kernels():
-    """What each chip would run first, where no package is missing."""
+def test_a_gpu_is_offered_its_kernels(monkeypatch):
+    """What each chip would run first, where no package is missing and JAX assembles them well."""
+    monkeypatch.setattr(jax, "__version__", f"{registry.MOSAIC_JAX}.2")
     chips = {"B200": (10, 0), "H200": (9, 0), "A100": (8, 0)}
 
     def first(op, name):
