@@ -107,6 +107,7 @@ def _build(shape: Shape, interpret: Any) -> Any:  # noqa: ANN401
             approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
         ),
         interpret=interpret,
+        kernel_name="attention_decode_sm100",
         **grid(shape),
     )
 
