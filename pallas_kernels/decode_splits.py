@@ -7,8 +7,8 @@ blocks (a split). It has one warpgroup per tile for the softmax, and one whose f
 What a row sees is a limit (all slots before it) and 64 bits (slots limit .. limit + 63). Key blocks
 that all rows see completely, which are all but the last few, take a loop without masks.
 
-Each split's result is normalised and comes with its LSE (base 2); `combine` merges them. A row's
-result never depends on the batch it is in: splits are runs of a fixed number of blocks.
+Each split's result is normalised and comes with its LSE (base 2); `combine_splits` merges them. A
+row's result never depends on the batch it is in: splits are runs of a fixed number of blocks.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.combine import combine
+from pallas_kernels.combine_splits import combine_splits
 from pallas_kernels.compat import Ref, unsupported_jax
 from pallas_kernels.decode_rows import not_one_16_bit_dtype, num_slots_of
 
@@ -165,10 +165,9 @@ def attend_splits(
     table = () if page_table is None else (page_table.astype(jnp.int32),)
     arrays = (_pad_axis(rows, 2, used), keys, values, padded_masks, jnp.stack(bounds, axis=1))
     outs, lses = build(shape, interpret)(*arrays, *table)
-    first_slot = jnp.arange(shape.num_splits, dtype=jnp.int32) * config.split_blocks * BLOCK_KV
-    computed = (first_slot < num_visible[:, None])[:, None, :, None]
-    outs, lses = outs[..., :num_rows, :], lses[..., :num_rows]
-    return combine(outs, lses, jnp.broadcast_to(computed, lses.shape))
+    num_splits = pl.cdiv(num_visible, config.split_blocks * BLOCK_KV)
+    out, lse = combine_splits(outs, lses, num_splits, interpret=interpret)
+    return out[:, :, :num_rows], lse[:, :, :num_rows]
 
 
 def out_types(shape: Shape) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:

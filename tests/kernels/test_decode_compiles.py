@@ -25,7 +25,7 @@ def environment():
 @pytest.mark.parametrize("case", CASES)
 def test_compiles_for_b200(case):
     options = CASES[case]
-    (kernel,) = compile_case("decode_cases:program", TARGETS["b200"], **options)
+    kernel, _ = compile_case("decode_cases:program", TARGETS["b200"], **options)
     assert kernel.name.startswith("attention_decode_sm100")
     assert not kernel.register_budgets_ignored
     assert kernel.spill_store_bytes + kernel.spill_load_bytes == 0
@@ -60,7 +60,7 @@ HOPPER_CASES = {
 @pytest.mark.parametrize("case", HOPPER_CASES)
 def test_compiles_for_h200(case):
     options = HOPPER_CASES[case]
-    (kernel,) = compile_case("decode_cases:program", TARGETS["h200"], kernel="sm_90", **options)
+    kernel, _ = compile_case("decode_cases:program", TARGETS["h200"], kernel="sm_90", **options)
     assert kernel.name.startswith("attention_decode_sm90")
     assert not kernel.register_budgets_ignored
     assert not kernel.products_serialized
