@@ -53,8 +53,11 @@ def attend(
             for x in (keys, values)
         )
         scores = jnp.einsum("bksh,bkmh->bkms", key, rows)
-        seen = _seen(first + jnp.arange(_BLOCK, dtype=jnp.int32), limits, bits)
+        slot = first + jnp.arange(_BLOCK, dtype=jnp.int32)
+        seen = _seen(slot, limits, bits)
         scores = jnp.where(seen[:, None], scores, -jnp.inf)
+        # Nothing is written where no row sees: 0 times NaN is NaN.
+        value = jnp.where((slot < num_visible[:, None])[:, None, :, None], value, jnp.float32(0))
         new_top = jnp.maximum(top, jnp.max(scores, axis=-1))
         base = jnp.where(new_top == -jnp.inf, jnp.float32(0), new_top)
         weights, shrink = jnp.exp2(scores - base[..., None]), jnp.exp2(top - base)

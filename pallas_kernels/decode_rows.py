@@ -17,7 +17,6 @@ from pallas_kernels.exp2 import LOG2_E
 from pallas_kernels.registry import Kernel
 
 _MOST_ROWS = 1024  # a prompt's chunk has more; that is a job for a prefill kernel
-_TREE_BITS = 64
 
 
 def kernels(
@@ -94,7 +93,7 @@ def kernels(
         rows = rows_of(query, num_kv_heads)
         limits = jnp.broadcast_to(prefix[:, None], rows.shape[::2])
         bits = jnp.repeat(jax.lax.bitcast_convert_type(ancestors, jnp.int32), group, axis=1)
-        num_visible = jnp.minimum(prefix + _TREE_BITS, num_slots)
+        num_visible = jnp.minimum(prefix + _num_nodes(ancestors).astype(prefix.dtype), num_slots)
         out, _ = attend(
             rows, keys, values, limits, bits, num_visible, page_table=page_table, scale=scale
         )
@@ -180,6 +179,13 @@ def tokens_of(rows: Float[Array, "B K M H"], num_tokens: int) -> Float[Array, "B
     return rows.swapaxes(1, 2).reshape(batch, num_tokens, -1, head_dim)
 
 
+def _num_nodes(ancestors: UInt32[Array, "B T 2"]) -> Int[Array, "B"]:
+    """How many nodes of each row's tree there are up to the last that any token sees."""
+    length = 32 - jax.lax.clz(ancestors).astype(jnp.int32)  # of each word up to its highest bit
+    low, high = length[:, :, 0], length[:, :, 1]
+    return jnp.max(jnp.where(high > 0, 32 + high, low), axis=1)
+
+
 def _own_keys(
     rows: Float[Array, "B K M H"],
     keys: Float[Array, "B K J R H"],
@@ -201,6 +207,7 @@ def _own_keys(
     scores = jnp.sum(query * keys, axis=-1) * jnp.float32(scale)
     written = jnp.arange(scores.shape[-1], dtype=step.dtype) <= step
     scores = jnp.where(written, scores, -jnp.inf)
+    values = jnp.where(written[:, None], values, jnp.float32(0))  # what they hold may be NaN
     lse = jax.nn.logsumexp(scores, axis=-1, keepdims=True)
     out = jnp.sum(jnp.exp(scores - lse)[..., None] * values, axis=-2)
     flat = (batch, num_kv_heads, num_rows)

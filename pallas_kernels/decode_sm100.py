@@ -33,12 +33,14 @@ from pallas_kernels.decode_splits import (
     columns,
     each_tile,
     grid,
+    is_ragged,
     load,
     mask_scores,
     out_types,
     place_of,
     tiled_f32,
     unsupported,
+    zero_unseen,
 )
 from pallas_kernels.exp2 import LOG2_E
 from pallas_kernels.register_budgets import register_budgets
@@ -88,6 +90,7 @@ def _build(shape: Shape, interpret: Any) -> Any:  # noqa: ANN401
         "values_ready": barriers(stages, shape.copies),
         "keys_free": barriers(stages, tensor=True),
         "values_free": barriers(stages, tensor=True),
+        "ragged_values_ready": barriers(1),
         "scores_ready": barriers(tiles * slots, tensor=True),
         "weights_ready": barriers(tiles * slots, tensor=True),
         "scores_free": barriers(tiles * slots, tensor=True),
@@ -105,6 +108,7 @@ def _build(shape: Shape, interpret: Any) -> Any:  # noqa: ANN401
             approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
         ),
         interpret=interpret,
+        kernel_name="attention_decode_sm100",
         **grid(shape),
     )
 
@@ -164,6 +168,11 @@ def _multiply(shape: Shape, scratch: dict[str, Ref], place: Place) -> None:
         """The weighted sums of one block of values, for each tile, once its weights are there."""
         stage = lax.rem(count, stages)
         plgpu.barrier_wait(scratch["values_ready"].at[stage])
+
+        @pl.when(is_ragged(place, place.first + count))
+        def _() -> None:  # the first tile's weights come after its zeros
+            plgpu.barrier_arrive(scratch["ragged_values_ready"].at[0])
+
         for tile in range(tiles):
             _in_slot(slots, count, lambda slot, tile=tile: one_sum(count, stage, tile, slot))
         plgpu.tcgen05_commit_arrive(scratch["values_free"].at[stage])
@@ -293,6 +302,14 @@ def _softmax(
                     wait_tmem_loads(interpret=interpreted)
                     plgpu.async_store_tmem(part, old * columns(factor, _CHUNK))
                 wait_tmem_stores(interpret=interpreted)
+
+        if masked and tile == 0:
+
+            @pl.when(is_ragged(place, block))
+            def _() -> None:
+                plgpu.barrier_wait(scratch["ragged_values_ready"].at[0])
+                stage = lax.rem(block - place.first, shape.config.kv_stages)
+                zero_unseen(scratch["values_smem"].at[stage], place, block)
 
         plgpu.barrier_arrive(scratch["weights_ready"].at[buffer])
         return new_top, total

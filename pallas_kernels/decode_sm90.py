@@ -24,12 +24,14 @@ from pallas_kernels.decode_splits import (
     columns,
     each_tile,
     grid,
+    is_ragged,
     load,
     mask_scores,
     out_types,
     place_of,
     tiled_f32,
     unsupported,
+    zero_unseen,
 )
 from pallas_kernels.exp2 import LOG2_E
 from pallas_kernels.register_budgets import register_budgets
@@ -63,6 +65,7 @@ def _build(shape: Shape, interpret: Any) -> Any:  # noqa: ANN401
         "values_ready": barriers(stages, shape.copies),
         "keys_free": barriers(stages, tiles),
         "values_free": barriers(stages, tiles),
+        "values_zeroed": barriers(1),
     }
 
     def body(*refs: Ref, **scratch_refs: Ref) -> None:
@@ -76,6 +79,7 @@ def _build(shape: Shape, interpret: Any) -> Any:  # noqa: ANN401
             approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
         ),
         interpret=interpret,
+        kernel_name="attention_decode_sm90",
         **grid(shape),
     )
 
@@ -129,6 +133,14 @@ def _attend_tile(
 
         return pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef((TILE_ROWS, width), jnp.float32))
 
+    def zero(values: Ref, block: Ref) -> None:
+        """The first tile's warpgroup does it for all that multiply with these values."""
+        if tile == 0:
+            zero_unseen(values, place, block)
+        if shape.config.tiles == 2:
+            meet = plgpu.barrier_arrive if tile == 0 else plgpu.barrier_wait
+            meet(scratch["values_zeroed"].at[0])
+
     def step(masked: bool, block: Ref, carry: tuple[Ref, Ref, Ref]) -> tuple[Ref, Ref, Ref]:
         out, top, total = carry
         slot = lax.rem(block - place.first, stages)
@@ -147,7 +159,10 @@ def _attend_tile(
         weights_smem[...] = weights.astype(weights_smem.dtype)
         plgpu.commit_smem()
         plgpu.barrier_wait(scratch["values_ready"].at[slot])
-        added = product(head_dim, weights_smem, scratch["values_smem"].at[slot])
+        values = scratch["values_smem"].at[slot]
+        if masked:
+            pl.when(is_ragged(place, block))(functools.partial(zero, values, block))
+        added = product(head_dim, weights_smem, values)
         plgpu.barrier_arrive(scratch["values_free"].at[slot])
         return out * columns(factor, head_dim) + added, new_top, total
 

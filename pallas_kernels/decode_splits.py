@@ -7,8 +7,8 @@ blocks (a split). It has one warpgroup per tile for the softmax, and one whose f
 What a row sees is a limit (all slots before it) and 64 bits (slots limit .. limit + 63). Key blocks
 that all rows see completely, which are all but the last few, take a loop without masks.
 
-Each split's result is normalised and comes with its LSE (base 2); `combine` merges them. A row's
-result never depends on the batch it is in: splits are runs of a fixed number of blocks.
+Each split's result is normalised and comes with its LSE (base 2); `combine_splits` merges them. A
+row's result never depends on the batch it is in: splits are runs of a fixed number of blocks.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.combine import combine
+from pallas_kernels.combine_splits import combine_splits
 from pallas_kernels.compat import Ref
 from pallas_kernels.decode_rows import not_one_16_bit_dtype, num_slots_of
 
@@ -142,9 +142,10 @@ def attend_splits(
         config = decode_config(num_rows, tile_rows, head_dim, num_slots // BLOCK_KV)
     used = pl.cdiv(num_rows, _ROWS_STEP) * _ROWS_STEP
     groups = pl.cdiv(used, config.tiles * tile_rows)
-    limits, num_visible = limits.astype(jnp.int32), num_visible.astype(jnp.int32)
-    # Per batch row: key blocks that any row sees, and how many of them all rows see completely.
-    blocks = [pl.cdiv(num_visible, BLOCK_KV), jnp.min(limits, axis=1) // BLOCK_KV]
+    limits = limits.astype(jnp.int32)
+    num_visible = jnp.minimum(num_visible.astype(jnp.int32), num_slots)
+    # Per batch row: slots that any row sees, and how many key blocks all rows see completely.
+    bounds = [num_visible, jnp.min(limits, axis=1) // BLOCK_KV]
     masks = [limits] if bits is None else [limits, bits[:, :, 0], bits[:, :, 1]]
     shape = Shape(
         batch=batch,
@@ -162,12 +163,11 @@ def attend_splits(
     )
     padded_masks = _pad_axis(jnp.stack(masks, axis=1), 2, groups * shape.group_rows)
     table = () if page_table is None else (page_table.astype(jnp.int32),)
-    arrays = (_pad_axis(rows, 2, used), keys, values, padded_masks, jnp.stack(blocks, axis=1))
+    arrays = (_pad_axis(rows, 2, used), keys, values, padded_masks, jnp.stack(bounds, axis=1))
     outs, lses = build(shape, interpret)(*arrays, *table)
-    first_slot = jnp.arange(shape.num_splits, dtype=jnp.int32) * config.split_blocks * BLOCK_KV
-    computed = (first_slot < num_visible[:, None])[:, None, :, None]
-    outs, lses = outs[..., :num_rows, :], lses[..., :num_rows]
-    return combine(outs, lses, jnp.broadcast_to(computed, lses.shape))
+    num_splits = pl.cdiv(num_visible, config.split_blocks * BLOCK_KV)
+    out, lse = combine_splits(outs, lses, num_splits, interpret=interpret)
+    return out[:, :, :num_rows], lse[:, :, :num_rows]
 
 
 def out_types(shape: Shape) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
@@ -191,7 +191,10 @@ def grid(shape: Shape) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
-    """Which part of the work a block has; key blocks first .. last - 1, masked from `unmasked`."""
+    """Which part of the work a block has; key blocks first .. last - 1, masked from `unmasked`.
+
+    No row sees slots from `visible` on.
+    """
 
     split: Ref
     group: Ref
@@ -200,22 +203,25 @@ class Place:
     first: Ref
     unmasked: Ref
     last: Ref
+    visible: Ref
 
 
-def place_of(shape: Shape, blocks: Ref) -> Place:
+def place_of(shape: Shape, bounds: Ref) -> Place:
     """This block's place in the grid."""
     split, index = lax.axis_index("split"), lax.axis_index("head")
     row, head = lax.div(index, shape.num_kv_heads), lax.rem(index, shape.num_kv_heads)
     first = split * shape.config.split_blocks
-    last = lax.min(first + shape.config.split_blocks, blocks[row, 0])
+    visible = bounds[row, 0]
+    last = lax.min(first + shape.config.split_blocks, lax.div(visible + BLOCK_KV - 1, BLOCK_KV))
     return Place(
         split=split,
         group=lax.axis_index("group"),
         row=row,
         head=head,
         first=first,
-        unmasked=lax.clamp(first, blocks[row, 1], lax.max(first, last)),
+        unmasked=lax.clamp(first, bounds[row, 1], lax.max(first, last)),
         last=last,
+        visible=visible,
     )
 
 
@@ -285,6 +291,32 @@ def load(shape: Shape, refs: tuple[Ref, ...], scratch: dict[str, Ref], place: Pl
         def _(slot: int = slot) -> None:
             plgpu.barrier_wait(scratch["keys_free"].at[slot])
             plgpu.barrier_wait(scratch["values_free"].at[slot])
+
+
+def is_ragged(place: Place, block: Ref) -> Ref:
+    """Whether some slots of a block are seen by no row; that is never but in the last block."""
+    return (block + 1) * BLOCK_KV > place.visible
+
+
+def zero_unseen(values: Ref, place: Place, block: Ref) -> None:
+    """Zeros in the slots of a block of values that no row sees, there for products to read.
+
+    Such slots have the weight 0 but may hold NaN, and 0 times NaN is NaN.
+    """
+    shape = (64, min(64, values.shape[1]))  # a part as registers and shared memory are tiled
+    row = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=plgpu.Layout.WGMMA)
+
+    def zero(index: Ref, carry: None) -> None:  # a loop, since parts at once take registers
+        first = index * shape[0]
+        for column in range(0, values.shape[1], shape[1]):
+            part = values.at[pl.ds(first, shape[0]), pl.ds(column, shape[1])]
+            seen = block * BLOCK_KV + first + row < place.visible
+            old = plgpu.load(part, layout=plgpu.Layout.WGMMA)
+            part[...] = jnp.where(seen, old, jnp.zeros((), old.dtype))
+        return carry
+
+    lax.fori_loop(0, values.shape[0] // shape[0], zero, None)
+    plgpu.commit_smem()
 
 
 def mask_scores(scores: Ref, masks: list[Ref], first_slot: Ref, layout: plgpu.Layout) -> Ref:

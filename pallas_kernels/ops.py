@@ -8,7 +8,15 @@ page_table[b, s // Z] (PagedAttention, Kwon et al. 2023).
 
 Every op takes the name of an implementation; without one the first runs that can compute the call,
 at the latest the XLA reference, which is the specification: also of what slots that nobody sees may
-hold, and of what NaN does.
+hold, and of what NaN does. Backward passes choose in the same way, and a named implementation must
+also have the gradients.
+
+The choice is made when a call is made, or traced: for the chip that the arrays are on, or inside
+jit for `registry.target_chip` (that of the mesh, else of the default device). A program traced
+without a name holds the ways of that chip and of a CPU, and takes the one of the platform it is
+lowered for. So what is exported or compiled for a GPU which this process neither has nor was told
+of runs the reference: name the implementation, or trace inside jax.sharding.use_abstract_mesh with
+an abstract device of that GPU's name.
 """
 
 import dataclasses
@@ -20,7 +28,17 @@ from typing import Any
 import jax
 from jaxtyping import Array, Float, Int, UInt32
 
-from pallas_kernels.registry import CPU, IMPLEMENTATIONS, Implementation, chip_of, choose
+from pallas_kernels.manual_axes import per_device, vary_alike
+from pallas_kernels.registry import (
+    CPU,
+    IMPLEMENTATIONS,
+    XLA,
+    Implementation,
+    chip_of,
+    choose,
+    device_of,
+    target_chip,
+)
 
 _logger = logging.getLogger(__name__)
 
@@ -213,7 +231,7 @@ def _checked_attention(
         raise ValueError(f"window must be at least 1 slot, got {prompt.window}.")
     if prompt.soft_cap is not None and prompt.soft_cap <= 0:
         raise ValueError(f"soft_cap must be positive, got {prompt.soft_cap}; None is no cap.")
-    return _attention(prompt, query, key, value, lengths, start)
+    return _attention(prompt, *vary_alike(query, key, value, lengths, start))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -251,19 +269,32 @@ _attention.defvjp(_attention_forward, _attention_backward)
 def _run(op: str, named: str | None, options: dict[str, Any], *arrays: Array | None) -> Any:  # noqa: ANN401
     """The op by the named implementation, or by the first that can compute the call."""
     implementations = IMPLEMENTATIONS[op]
-    chip = chip_of(jax.devices()[0])
+    device = device_of((arrays, options))
+    chip = target_chip() if device is None else chip_of(device)
     chosen = choose(implementations, op, chip, arrays, options, named)
     _logger.debug("%s runs as %s on %s", op, chosen.name, chip.kind)
+    traced = {name: value for name, value in options.items() if name == "page_table"}
+    static = {name: value for name, value in options.items() if name not in traced}
 
     def run_as(implementation: Implementation) -> Callable[..., Any]:
-        return functools.partial(implementation.kernel(op).run, **options)
+        kernel = functools.partial(implementation.kernel(op).run, **static)
 
-    if named is not None or chip.platform == CPU.platform:
-        return run_as(chosen)(*arrays)
-    # The process may place this program on a CPU beside its GPU: that is decided later.
+        def run(traced: dict[str, Array | None], *arrays: Array | None) -> Any:  # noqa: ANN401
+            return kernel(*arrays, **traced)
+
+        return run if implementation.name == XLA else functools.partial(per_device, run)
+
+    if named is not None or device is not None:
+        return run_as(chosen)(traced, *arrays)
+    # For which platform the program is lowered is decided later: on this chip's or on a CPU beside
+    # it. Any other gets the reference.
     on_cpu = choose(implementations, op, CPU, arrays, options, None)
-    ways = {"cuda": run_as(chosen), "cpu": run_as(on_cpu), "default": run_as(implementations[-1])}
-    return jax.lax.platform_dependent(*arrays, **ways)
+    ways = {"cpu": on_cpu, "cuda": chosen if chip.platform == "gpu" else implementations[-1]}
+    if len({implementation.name for implementation in ways.values()} | {XLA}) == 1:
+        return run_as(on_cpu)(traced, *arrays)
+    runs = {platform: run_as(implementation) for platform, implementation in ways.items()}
+    runs["default"] = run_as(implementations[-1])
+    return jax.lax.platform_dependent(traced, *arrays, **runs)
 
 
 def _scale(scale: float | None, head_dim: int) -> float:

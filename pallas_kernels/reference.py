@@ -1,9 +1,12 @@
 """The specification of every attention op: straightforward XLA, float32 softmax, no blocking.
 
 Everything inside is float32 whatever the dtypes outside, and outputs have the dtype of the values.
-A query that sees no key at all gets zeros, and minus infinity as its LSE. Keys that nobody sees may
-hold anything, NaN included; values that nobody sees have the weight 0, so what they hold does not
-matter as long as it is finite. (For gradients, slots past a row's length may hold anything.)
+A query that sees no key at all gets zeros, and minus infinity as its LSE.
+
+What slots that nobody sees may hold: keys anything, NaN included. Values of a cache (decode,
+verify, ancestor, tree) anything too, from the slot after the last that a query of that row sees on:
+nothing is written there yet, or a page that nobody cleared. Other values must be finite, since
+their weight is 0. (For gradients, slots past a row's length may hold anything.)
 
 NaN in a key or value reaches every query that sees it; a NaN in a value may also reach, in its
 column, queries of the same kv head that do not see it, since 0 times NaN is NaN. Which of those it
@@ -99,7 +102,7 @@ def decode_attention(
     keys, values = (in_slot_order(x, page_table) for x in (keys, values))
     slots = jnp.arange(keys.shape[2], dtype=lengths.dtype)
     visible = slots < lengths[:, None, None]
-    out, _ = _attend(query[:, None], keys, values, visible, scale)
+    out, _ = _attend(query[:, None], keys, _zero_unseen(values, visible), visible, scale)
     return _zero_where_blind(out, lengths[:, None] > 0)[:, 0]
 
 
@@ -116,7 +119,7 @@ def verify_attention(
     keys, values = (in_slot_order(x, page_table) for x in (keys, values))
     last_visible = start[:, None] + jnp.arange(query.shape[1], dtype=start.dtype)
     visible = jnp.arange(keys.shape[2], dtype=start.dtype) <= last_visible[:, :, None]
-    return _attend(query, keys, values, visible, scale)[0]
+    return _attend(query, keys, _zero_unseen(values, visible), visible, scale)[0]
 
 
 def ancestor_attention(
@@ -137,7 +140,7 @@ def ancestor_attention(
     bits = jnp.where(node < 32, low, high) >> (node % 32).astype(jnp.uint32)
     is_ancestor = (node >= 0) & (node < 64) & (bits % 2 == 1)
     visible = (node < 0) | is_ancestor
-    out, _ = _attend(query, keys, values, visible, scale)
+    out, _ = _attend(query, keys, _zero_unseen(values, visible), visible, scale)
     return _zero_where_blind(out, jnp.any(visible, axis=-1))
 
 
@@ -165,12 +168,14 @@ def tree_attention(
     scores = scores.reshape(batch, num_kv_heads, group, num_branches, num_slots)
     seen = jnp.arange(num_slots, dtype=trunk_lengths.dtype) < trunk_lengths[:, :, None]
     scores = jnp.where(seen[:, None, None], scores, -jnp.inf)
+    trunk_values = _zero_unseen(trunk_values, seen)
     # A branch's own keys are few: products and sums beat a batch of tiny matrix products.
     own_keys = branch_keys.astype(jnp.float32).swapaxes(2, 3)[:, :, None]  # [B K 1 R J H]
     own_values = branch_values.astype(jnp.float32).swapaxes(2, 3)[:, :, None]
     own = jnp.sum(query[..., None, :] * own_keys, axis=-1)
     written = jnp.arange(own.shape[-1], dtype=step.dtype) <= step
     own = jnp.where(written, own, -jnp.inf)
+    own_values = jnp.where(written[:, None], own_values, jnp.float32(0))
     weights = jax.nn.softmax(jnp.concatenate([scores, own], axis=-1), axis=-1)
     from_trunk = weights[..., :num_slots].reshape(batch, num_kv_heads, -1, num_slots)
     out = jnp.einsum("bkqs,bksh->bkqh", from_trunk, trunk_values.astype(jnp.float32))
@@ -225,6 +230,14 @@ def _attend(
     out = _tokens(jnp.einsum("bkqs,bksh->bkqh", weights, values32), num_tokens)
     lse = jax.nn.logsumexp(scores, axis=-1).reshape(batch, num_heads, num_tokens)
     return out.astype(values.dtype), lse
+
+
+def _zero_unseen(
+    values: Float[Array, "B K S H"], visible: Bool[Array, "B T S"]
+) -> Float[Array, "B K S H"]:
+    """Values with zeros in the slots that no query of their row sees."""
+    seen = jnp.any(visible, axis=1)[:, None, :, None]
+    return jnp.where(seen, values, jnp.zeros((), values.dtype))
 
 
 def _zero_where_blind(

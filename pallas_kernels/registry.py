@@ -7,10 +7,12 @@ it does not run: first for a device (cheap, and what `ssd-jax doctor` shows), th
 import dataclasses
 import importlib
 import importlib.util
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+from jax.core import Tracer
 
 XLA = "xla"
 # The JAX that assembles Mosaic GPU kernels as they are written. From 0.12 on it does so with
@@ -49,15 +51,57 @@ class Chip:
     capability: tuple[int, int] | None
 
 
+# GPUs by a word of their name, for which kernels may be compiled where none is.
+_CAPABILITIES = {
+    ("B200", "GB200"): (10, 0),
+    ("H100", "H200", "H800", "GH200"): (9, 0),
+    ("L4", "L40", "L40S"): (8, 9),
+    ("A10", "A10G", "A40", "A6000"): (8, 6),
+    ("A100", "A800"): (8, 0),
+}
 CPU = Chip(platform="cpu", kind="cpu", capability=None)
 
 
-def chip_of(device: jax.Device) -> Chip:
-    """The chip that a device is."""
+def chip_of(device: jax.Device | jax.sharding.AbstractDevice) -> Chip:
+    """The chip that a device is; an abstract one has only a name to tell by."""
     parts = str(getattr(device, "compute_capability", "")).split(".")
     known = len(parts) == 2 and all(part.isdecimal() for part in parts)
     capability = (int(parts[0]), int(parts[1])) if known else None
+    if capability is None and device.platform == "gpu":
+        capability = _capability_by_name(device.device_kind)
     return Chip(platform=device.platform, kind=device.device_kind, capability=capability)
+
+
+def _capability_by_name(kind: str) -> tuple[int, int] | None:
+    """The capability of a GPU of that name, if it is known here."""
+    words = set(re.split(r"[^A-Z0-9]+", kind.upper()))
+    found = (capability for names, capability in _CAPABILITIES.items() if words & set(names))
+    return next(found, None)
+
+
+def device_of(arrays: Any) -> jax.Device | None:  # noqa: ANN401
+    """A device that these arrays are on, or None if one of them is being traced."""
+    leaves = jax.tree.leaves(arrays)
+    if not leaves or any(isinstance(leaf, Tracer) for leaf in leaves):
+        return None
+    devices = (
+        device for leaf in leaves if isinstance(leaf, jax.Array) for device in leaf.devices()
+    )
+    return min(devices, key=lambda device: device.id, default=None)
+
+
+def target_chip() -> Chip:
+    """The chip that a program which is being traced is probably for.
+
+    That of the mesh in use if it names one, else jax_default_device, else the first device.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device is not None:
+        return chip_of(device)
+    default = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
+    if isinstance(default, str):
+        return chip_of(jax.devices(default)[0])
+    return chip_of(jax.devices()[0] if default is None else default)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,6 +7,7 @@ Every case is a process with a time limit, and each result is on disk the moment
 
 import argparse
 import os
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -32,6 +33,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument(
         "--only", nargs="+", choices=STAGES, default=list(STAGES), metavar="STAGE", help="stages"
+    )
+    parser.add_argument(
+        "--match", type=re.compile, metavar="REGEX", help='only cases whose "stage: name" has it'
     )
     parser.add_argument(
         "--minutes", type=float, default=60.0, help="what has not begun by then is not run"
@@ -63,8 +67,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         sys.stdout.flush()
 
+    cases = [case for case in all_cases(dry_run=given.dry_run) if case.stage in given.only]
+    if given.match is not None:
+        cases = [case for case in cases if given.match.search(f"{case.stage}: {case.name}")]
+    if not cases:
+        parser.error("no case is left to run: name other stages or another --match")
     run_cases(
-        [case for case in all_cases(dry_run=given.dry_run) if case.stage in given.only],
+        cases,
         dry_run=given.dry_run,
         workers=given.workers or max(1, min(8, (os.cpu_count() or 2) // 2)),
         deadline=started + 60 * given.minutes,

@@ -42,8 +42,10 @@ def repeat(*, tell: Tell, dry_run: bool, op: str, times: int) -> None:
     A race that only sometimes loses shows here.
     """
     problem = problems(op, 20, tiny=dry_run)[-3]  # large, with several blocks in flight
+    call = hopper(problem, dry_run)
+    _check(problem, call, tell, dry_run)
     solved = solve(problem, jnp.dtype(problem.dtype))
-    arguments, call = on_device(problem, solved), hopper(problem, dry_run)
+    arguments = on_device(problem, solved)
     same = jax.jit(lambda one, other: jnp.all(one[0] == other[0]) & jnp.all(one[1] == other[1]))
     first = call(arguments, solved.page_table)
     equal = [same(first, call(arguments, solved.page_table)) for _ in range(times)]

@@ -1,9 +1,10 @@
 """Problems with bad numbers in them, and what every implementation must make of them.
 
 A problem is one batch whose rows are the same attention, but for what this module's constants say:
-row by row, padding of zeros; padding of NaN keys and of the largest values that there are; a NaN
-in a key; a NaN in a value; and a row for which everything is such padding. The NaNs sit in the last
-kv head. `judge` compares the rows with each other, so that nothing else needs to be right.
+row by row, padding of zeros; padding of NaN keys, and of values NaN (in caches) or the largest that
+there are; a NaN in a key; a NaN in a value; and a row for which everything is such padding. The
+NaNs sit in the last kv head. `judge` compares the rows with each other, so that nothing else needs
+to be right.
 """
 
 import dataclasses
@@ -40,14 +41,14 @@ def draw(*shape, seed=0):
     return np.broadcast_to(values, (ROWS, *shape)).copy()
 
 
-def spoiled(dtype, padding, slot, *shape):
+def spoiled(dtype, padding, slot, *shape, bad_padding=np.nan):
     """Keys and values [ROWS K S H] in which `padding` [ROWS S] and `slot` are bad."""
     keys, values = draw(KV_HEADS, *shape, seed=1), draw(KV_HEADS, *shape, seed=2)
     padding = np.broadcast_to(padding[:, None], keys.shape[:3])
     keys[padding] = values[padding] = 0
     padding = padding & np.isin(np.arange(ROWS), (PADDED, BLIND))[:, None, None]
     keys[padding] = np.nan
-    values[padding] = float(jnp.finfo(dtype).max)
+    values[padding] = bad_padding
     keys[BAD_KEY, -1, slot, 0] = np.nan
     values[BAD_VALUE, -1, slot, COLUMN] = np.nan
     return jnp.asarray(keys, dtype), jnp.asarray(values, dtype)
@@ -71,7 +72,9 @@ def scaled(**options):
 def prompt(dtype="bfloat16", *, tokens=130, slots=300, length=230, start=100, bad=150):
     """A chunk of a prompt with a ragged end; tokens from bad - start on see the bad slot."""
     lengths = lengths_of(length)
-    key, value = spoiled(dtype, past(lengths, slots), bad, slots, HEAD_DIM)
+    largest = float(jnp.finfo(dtype).max)
+    padding = past(lengths, slots)
+    key, value = spoiled(dtype, padding, bad, slots, HEAD_DIM, bad_padding=largest)
     query = jnp.asarray(draw(tokens, KV_HEADS * GROUP, HEAD_DIM), dtype)
     first = None if start is None else jnp.full(ROWS, start, jnp.int32)
     arrays = (query, key.swapaxes(1, 2), value.swapaxes(1, 2), jnp.asarray(lengths), first)

@@ -39,11 +39,14 @@ def rows_and_limits(
     kv_stages=2,
     with_bits=False,
     page_slots=0,
-    poison=0.0,
+    spoil=False,
     seed=0,
     kernel="sm_100",
 ):
-    """Errors of the combined splits, and of the LSE, against float64 on the same inputs."""
+    """Errors of the combined splits, and of the LSE, against float64 on the same inputs.
+
+    With `spoil` all that nobody has written, keys and values past the lengths, is NaN.
+    """
     rng = np.random.default_rng(seed)
     batch = len(lengths)
     low = jnp.dtype(dtype)
@@ -64,15 +67,14 @@ def rows_and_limits(
         limits = limits.astype(np.int32)
         bits = None
         visible = slot < limits[..., None]
-    if poison:
-        hidden = slot >= lengths[:, None]
-        keys = np.where(hidden[:, None, :, None], poison, keys)
-        values = np.where(hidden[:, None, :, None], -poison, values)
     rows, keys, values = (np.asarray(jnp.asarray(x, low)) for x in (rows, keys, values))
     scale = head_dim**-0.5
     expected, expected_lse = naive(
         *(x.astype(np.float64) for x in (rows, keys, values)), visible, scale
     )
+    if spoil:
+        unwritten = (slot >= lengths[:, None])[:, None, :, None]
+        keys, values = (np.where(unwritten, low.type(np.nan), x) for x in (keys, values))
     table = None
     if page_slots:
         keys, values, table = paged(rng, keys, values, page_slots)
@@ -132,7 +134,7 @@ def paged(rng, keys, values, page_slots):
 
     def pool(x):
         pages = x.reshape(batch, kv_heads, per_row, page_slots, head_dim).transpose(0, 2, 1, 3, 4)
-        filled = np.full((batch * per_row + 3, *pages.shape[2:]), 1e4, x.dtype)
+        filled = np.full((batch * per_row + 3, *pages.shape[2:]), np.nan, x.dtype)
         filled[order] = pages.reshape(-1, *pages.shape[2:])
         return filled
 

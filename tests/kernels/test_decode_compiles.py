@@ -35,7 +35,8 @@ def assert_registers_suffice(kernel, spilled):
 @pytest.mark.parametrize("case", CASES)
 def test_compiles_for_b200(python, case):
     options = CASES[case]
-    (kernel,) = compile_case("decode_cases:program", TARGETS["b200"], python=python, **options)
+    kernel, _ = compile_case("decode_cases:program", TARGETS["b200"], python=python, **options)
+    assert kernel.name.startswith("attention_decode_sm100")
     assert_registers_suffice(kernel, spilled=0)
     assert kernel.shared_bytes <= 227 * 1024
     assert kernel.tensor_columns <= 512
@@ -71,9 +72,10 @@ HOPPER_CASES = {
 @pytest.mark.parametrize("case", HOPPER_CASES)
 def test_compiles_for_h200(python, case):
     options = HOPPER_CASES[case]
-    (kernel,) = compile_case(
+    kernel, _ = compile_case(
         "decode_cases:program", TARGETS["h200"], python=python, kernel="sm_90", **options
     )
+    assert kernel.name.startswith("attention_decode_sm90")
     assert_registers_suffice(kernel, spilled=16)
     assert kernel.shared_bytes <= 227 * 1024
     head_dim = options.get("head_dim", 128)

@@ -9,10 +9,16 @@ from pallas_kernels import decode_sm100
 from pallas_kernels.proof.interpret import run_case
 
 CASES = {
-    # Splits of unequal length, a row that sees nothing, poison past every length.
-    "ragged": {"num_rows": 8, "lengths": [400, 0], "split_blocks": 3, "poison": 1e4},
+    # Splits of unequal length, a row that sees nothing, NaN past every length.
+    "ragged": {"num_rows": 8, "lengths": [400, 0], "split_blocks": 3, "spoil": True},
     "tree": {"num_rows": 16, "lengths": [250], "num_slots": 256, "with_bits": True},
-    "pages": {"num_rows": 16, "lengths": [250], "page_slots": 64, "num_slots": 256},
+    "pages": {
+        "num_rows": 16,
+        "lengths": [250],
+        "page_slots": 64,
+        "num_slots": 256,
+        "spoil": True,
+    },
 }
 SLOW_CASES = {
     "two tiles, tree": {
@@ -22,9 +28,16 @@ SLOW_CASES = {
         "head_dim": 64,
         "tiles": 2,
         "with_bits": True,
+        "spoil": True,
     },
-    "float16": {"num_rows": 20, "dtype": "float16", "lengths": [260], "num_slots": 384},
-    "large pages": {"num_rows": 8, "page_slots": 256, "lengths": [400], "poison": 1e4},
+    "float16": {
+        "num_rows": 20,
+        "dtype": "float16",
+        "lengths": [260],
+        "num_slots": 384,
+        "spoil": True,
+    },
+    "large pages": {"num_rows": 8, "page_slots": 256, "lengths": [400], "spoil": True},
     "several groups of rows": {"num_rows": 300, "tiles": 2, "lengths": [130], "num_slots": 256},
     "two tiles, long": {"num_rows": 160, "tiles": 2, "lengths": [500], "split_blocks": 4},
     "tree on several heads": {
@@ -33,9 +46,15 @@ SLOW_CASES = {
         "lengths": [400, 70],
         "kv_heads": 2,
         "split_blocks": 4,
-        "poison": 1e4,
+        "spoil": True,
     },
-    "one stage": {"num_rows": 8, "kv_stages": 1, "split_blocks": 4},
+    "one stage": {
+        "num_rows": 8,
+        "kv_stages": 1,
+        "split_blocks": 4,
+        "lengths": [511],
+        "spoil": True,
+    },
 }
 # Of both kernels, then of the Blackwell one, then of the Hopper one.
 LOADED = ("wait rows_ready", "wait masks_ready", "wait keys_ready", "wait values_ready")
@@ -56,6 +75,10 @@ TENSOR = (
 FAULTS = [
     *(("sm_100", fault) for fault in (*LOADED, *FREE, *TENSOR)),
     *(("sm_90", fault) for fault in (*LOADED, *FREE, PRODUCT_WAIT)),
+]
+RAGGED_FAULTS = [  # who zeroes values that nobody has written: the kernel, its fault, row tiles
+    *(("sm_100", "barrier ragged_values_ready", tiles) for tiles in (1, 2)),
+    ("sm_90", "barrier values_zeroed", 2),
 ]
 QUICK_FAULTS = [("sm_100", "barrier weights_ready"), ("sm_90", "barrier values_free")]
 
@@ -91,6 +114,16 @@ def test_values_and_races(kernel, case):
 def test_a_missing_synchronisation_is_detected(kernel, fault, tiles):
     """Four blocks through two buffers, so that every buffer is used twice."""
     arguments = {"num_rows": 8 if tiles == 1 else 136, "tiles": tiles, "split_blocks": 4}
+    outcome = run_case(
+        "decode_cases:faulty", chip=kernel, timeout=90.0, kernel=kernel, fault=fault, **arguments
+    )
+    assert outcome.detection in expected(fault), outcome.log
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kernel", "fault", "tiles"), RAGGED_FAULTS)
+def test_a_missing_synchronisation_of_zeros_is_detected(kernel, fault, tiles):
+    arguments = {"num_rows": 8 if tiles == 1 else 136, "tiles": tiles, "lengths": [200]}
     outcome = run_case(
         "decode_cases:faulty", chip=kernel, timeout=90.0, kernel=kernel, fault=fault, **arguments
     )

@@ -80,7 +80,7 @@ def in_pages(cache, page_slots):
     num_pages = B * S // page_slots
     order = np.random.default_rng(6).permutation(num_pages + 1)[:num_pages].astype(np.int32)
     pages = np.asarray(cache).reshape(B, K, -1, page_slots, H).swapaxes(1, 2)
-    pool = np.full((num_pages + 1, K, page_slots, H), 1e9, np.float32)
+    pool = np.full((num_pages + 1, K, page_slots, H), np.nan, np.float32)
     pool[order] = pages.reshape(-1, K, page_slots, H)
     return jnp.asarray(pool), jnp.asarray(order.reshape(B, -1))
 
@@ -117,13 +117,13 @@ BLOCK_OPS = ["decode_attention", "verify_attention", "ancestor_attention", "tree
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("op", BLOCK_OPS)
 def test_blocks_of_a_16_bit_cache_give_what_the_whole_gives(op, dtype):
-    """Empty rows and full ones, NaN in keys that nobody sees, and a batch that changes nothing."""
+    """Empty rows and full ones, NaN where nobody has written, and a batch that changes nothing."""
     slots = 384
     lengths = np.array([0, 130, slots - T], np.int32)
     words = np.random.default_rng(2).integers(0, 1 << 32, (B, T, 2), np.uint32)
     cache = [draw(B, K, slots, H, seed=seed).astype(dtype) for seed in (0, 1)]
     unseen = np.arange(slots) >= lengths[:, None] + 64
-    cache[0] = jnp.where(unseen[:, None, :, None], jnp.asarray(np.nan, dtype), cache[0])
+    cache = [jnp.where(unseen[:, None, :, None], jnp.asarray(np.nan, dtype), x) for x in cache]
     own = (draw(B, K, J, T, H, seed=4), draw(B, K, J, T, H, seed=5))
     query, others = {
         "decode_attention": (draw(B, N, H), (lengths,)),

@@ -174,12 +174,87 @@ def test_the_first_that_fits_is_chosen(with_fake):
     np.testing.assert_array_equal(decode(16), 1)
 
 
+def jitted_decode(head_dim):
+    keys, query = jnp.ones((1, 1, 4, head_dim)), jnp.ones((1, 2, head_dim))
+    run = jax.jit(lambda *arrays: pallas_kernels.decode_attention(*arrays))
+    return np.asarray(run(query, keys, keys, jnp.array([3], jnp.int32)))
+
+
 def test_beside_a_gpu_a_program_on_a_cpu_runs_what_a_cpu_can(with_fake, monkeypatch):
     for_gpus = dataclasses.replace(FAKE, platform="gpu")
     offered = (for_gpus, *registry.IMPLEMENTATIONS["decode_attention"][1:])
     monkeypatch.setitem(registry.IMPLEMENTATIONS, "decode_attention", offered)
-    monkeypatch.setattr(ops, "chip_of", lambda device: HOPPER)
-    np.testing.assert_array_equal(decode(8), 1)
+    monkeypatch.setattr(ops, "target_chip", lambda: HOPPER)
+    np.testing.assert_array_equal(jitted_decode(8), 1)
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_a_program_for_another_platform_runs_what_it_can(with_fake, named):
+    """Exported from a CPU for CUDA: the reference, unless a mesh says which GPU it is for."""
+    for_gpus = dataclasses.replace(FAKE, platform="gpu", capabilities=((9, 0),))
+    offered = (for_gpus, *registry.IMPLEMENTATIONS["decode_attention"][1:])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(registry.IMPLEMENTATIONS, "decode_attention", offered)
+        cache = jax.ShapeDtypeStruct((1, 1, 256, 8), jnp.bfloat16)
+        shapes = jax.ShapeDtypeStruct((1, 2, 8), jnp.bfloat16), cache, cache
+        shapes = *shapes, jax.ShapeDtypeStruct((1,), jnp.int32)
+        device = jax.sharding.AbstractDevice("NVIDIA H200", 132, "gpu") if named else None
+        mesh = jax.sharding.AbstractMesh((), (), abstract_device=device)
+        with jax.sharding.use_abstract_mesh(mesh):
+            lowered = jax.jit(lambda *arrays: pallas_kernels.decode_attention(*arrays))
+            text = jax.export.export(lowered, platforms=["cuda"])(*shapes).mlir_module()
+    assert "stablehlo.while" not in text  # the blocks of a CPU
+    assert ("2.000000e+00" in text) == named
+
+
+def test_arrays_say_which_device_they_are_on():
+    first, second = jax.devices()[:2]
+    x = jax.device_put(jnp.ones(3), second)
+    assert registry.device_of((x, None, 1.0)) == second
+    assert registry.device_of(()) is None
+    seen = []
+    jax.jit(lambda x: seen.append(registry.device_of((x, jnp.ones(3)))))(x)
+    assert seen == [None]
+    assert first != second
+
+
+def test_what_a_traced_program_is_for(monkeypatch):
+    """The mesh comes before the default device."""
+
+    def chip_of(device):
+        return dataclasses.replace(registry.CPU, kind=str(device))
+
+    monkeypatch.setattr(registry, "chip_of", chip_of)
+
+    def target():
+        return registry.target_chip().kind
+
+    first, *_, last = jax.devices()
+    assert target() == str(first)
+    with jax.default_device(last):
+        assert target() == str(last)
+        named = jax.sharding.AbstractDevice("NVIDIA B200", 148, "gpu")
+        mesh = jax.sharding.AbstractMesh((), (), abstract_device=named)
+        with jax.sharding.use_abstract_mesh(mesh):
+            assert target() == str(named)
+    with jax.default_device("cpu"):
+        assert target() == str(first)
+
+
+@pytest.mark.parametrize(
+    ("name", "capability"),
+    [
+        ("NVIDIA B200", (10, 0)),
+        ("NVIDIA GH200 480GB", (9, 0)),
+        ("NVIDIA H100 80GB HBM3", (9, 0)),
+        ("NVIDIA A100-SXM4-80GB", (8, 0)),
+        ("NVIDIA L4", (8, 9)),
+        ("a GPU of tomorrow", None),
+    ],
+)
+def test_a_gpu_that_is_not_there_is_known_by_its_name(name, capability):
+    device = jax.sharding.AbstractDevice(name, None, "gpu")
+    assert registry.chip_of(device).capability == capability
 
 
 @pytest.mark.parametrize(("dtype", "name"), [("bfloat16", "xla_blocks"), ("float32", "xla")])

@@ -61,8 +61,7 @@ def attend(case):
     keys, values = rng.standard_normal((2, batch, 2, num_slots, case["head_dim"])).astype(low)
     slot = np.arange(num_slots)
     hidden = (slot >= lengths[:, None])[:, None, :, None]
-    keys = np.where(hidden, low.type(np.nan), keys)
-    values = np.where(hidden, ml_dtypes.finfo(low).max, values)
+    keys, values = (np.where(hidden, low.type(np.nan), x) for x in (keys, values))
     if "bad_slot" in case:
         keys[0, 1, case["bad_slot"], 0] = np.nan
     drop = rng.integers(0, 70, (batch, num_rows), np.int32)
