@@ -177,6 +177,7 @@ def _describe(chip: Chip) -> str:
 
 
 _XLA = (Implementation(name=XLA, module="pallas_kernels.reference"),)
+_PROMPT_BLOCKS = Implementation(name="xla_blocks", module="pallas_kernels.attention_blocks")
 
 # Each lists only chips that it was compiled for in tests.
 _ATTENTION = (
@@ -186,12 +187,14 @@ _ATTENTION = (
     Implementation(
         name="mosaic_sm90", module="pallas_kernels.forward_sm90", capabilities=((9, 0),)
     ),
+    _PROMPT_BLOCKS,
     *_XLA,
 )
 _ATTENTION_BACKWARD = (
     Implementation(
         name="mosaic_sm100", module="pallas_kernels.backward_sm100", capabilities=((10, 0),)
     ),
+    _PROMPT_BLOCKS,
     *_XLA,
 )
 _DECODE = (
