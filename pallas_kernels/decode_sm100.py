@@ -116,7 +116,7 @@ def _build(shape: Shape, interpret: Any) -> Any:  # noqa: ANN401
 def _block(shape: Shape, interpreted: bool, refs: tuple[Ref, ...], scratch: dict[str, Ref]) -> None:
     """What one block does: one split of one kv head of one batch row, and one group of tiles."""
     config = shape.config
-    place, warpgroup = place_of(shape, refs[4]), lax.axis_index("warpgroup")
+    place, warpgroup = place_of(shape, refs[3]), lax.axis_index("warpgroup")
 
     @pl.when(place.first < place.last)
     def _() -> None:

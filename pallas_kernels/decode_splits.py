@@ -145,7 +145,7 @@ def attend_splits(
     limits = limits.astype(jnp.int32)
     num_visible = jnp.minimum(num_visible.astype(jnp.int32), num_slots)
     # Per batch row: slots that any row sees, and how many key blocks all rows see completely.
-    bounds = [num_visible, jnp.min(limits, axis=1) // BLOCK_KV]
+    bounds = jnp.stack([num_visible, jnp.min(limits, axis=1) // BLOCK_KV], axis=1)
     masks = [limits] if bits is None else [limits, bits[:, :, 0], bits[:, :, 1]]
     shape = Shape(
         batch=batch,
@@ -161,9 +161,11 @@ def attend_splits(
         scale=scale,
         config=config,
     )
-    padded_masks = _pad_axis(jnp.stack(masks, axis=1), 2, groups * shape.group_rows)
+    # All small numbers in one array, which XLA makes in one go: a launch costs more than they do.
+    padded_rows = groups * shape.group_rows
+    numbers = jnp.stack([_pad_axis(x, 1, padded_rows) for x in (*masks, bounds)], axis=1)
     table = () if page_table is None else (page_table.astype(jnp.int32),)
-    arrays = (_pad_axis(rows, 2, used), keys, values, padded_masks, jnp.stack(bounds, axis=1))
+    arrays = (_pad_axis(rows, 2, used), keys, values, numbers)
     outs, lses = build(shape, interpret)(*arrays, *table)
     num_splits = pl.cdiv(num_visible, config.split_blocks * BLOCK_KV)
     out, lse = combine_splits(outs, lses, num_splits, interpret=interpret)
@@ -206,12 +208,12 @@ class Place:
     visible: Ref
 
 
-def place_of(shape: Shape, bounds: Ref) -> Place:
-    """This block's place in the grid."""
+def place_of(shape: Shape, numbers: Ref) -> Place:
+    """This block's place in the grid; the array of small numbers has the bounds behind the masks."""
     split, index = lax.axis_index("split"), lax.axis_index("head")
     row, head = lax.div(index, shape.num_kv_heads), lax.rem(index, shape.num_kv_heads)
     first = split * shape.config.split_blocks
-    visible = bounds[row, 0]
+    visible, whole = (numbers[row, shape.num_masks, i] for i in range(2))
     last = lax.min(first + shape.config.split_blocks, lax.div(visible + BLOCK_KV - 1, BLOCK_KV))
     return Place(
         split=split,
@@ -219,7 +221,7 @@ def place_of(shape: Shape, bounds: Ref) -> Place:
         row=row,
         head=head,
         first=first,
-        unmasked=lax.clamp(first, bounds[row, 1], lax.max(first, last)),
+        unmasked=lax.clamp(first, whole, lax.max(first, last)),
         last=last,
         visible=visible,
     )
@@ -236,9 +238,13 @@ def each_tile(shape: Shape, place: Place, tile: int, act: Callable[[int], None])
 def load(shape: Shape, refs: tuple[Ref, ...], scratch: dict[str, Ref], place: Place) -> None:
     """Copy rows and masks, then keys and values as buffers become free."""
     config, stages, tile_rows = shape.config, shape.config.kv_stages, shape.tile_rows
-    rows_gmem, keys_gmem, values_gmem, masks_gmem = refs[:4]
+    rows_gmem, keys_gmem, values_gmem, numbers_gmem = refs[:4]
+    masks, own_rows = (
+        pl.ds(0, shape.num_masks),
+        pl.ds(place.group * shape.group_rows, shape.group_rows),
+    )
     plgpu.copy_gmem_to_smem(
-        masks_gmem.at[place.row, :, pl.ds(place.group * shape.group_rows, shape.group_rows)],
+        numbers_gmem.at[place.row, masks, own_rows],
         scratch["masks_smem"],
         scratch["masks_ready"].at[0],
     )
@@ -263,7 +269,7 @@ def load(shape: Shape, refs: tuple[Ref, ...], scratch: dict[str, Ref], place: Pl
         size = min(BLOCK_KV, shape.page_slots)
         for piece in range(shape.copies):
             start = block * BLOCK_KV + piece * size
-            page = refs[5][place.row, lax.div(start, shape.page_slots)]
+            page = refs[4][place.row, lax.div(start, shape.page_slots)]
             inside = lax.rem(start, shape.page_slots)
             plgpu.copy_gmem_to_smem(
                 source.at[page, place.head, pl.ds(inside, size)],

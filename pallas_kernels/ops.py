@@ -8,8 +8,8 @@ page_table[b, s // Z] (PagedAttention, Kwon et al. 2023).
 
 Every op takes the name of an implementation; without one the first runs that can compute the call,
 at the latest the XLA reference, which is the specification: also of what slots that nobody sees may
-hold, and of what NaN does. Backward passes choose in the same way, and a named implementation must
-also have the gradients.
+hold, and of what NaN does. Gradients are computed by the named implementation too, which may have
+none; without a name they too get the first that can, whichever computed the forward pass.
 
 The choice is made when a call is made, or traced: for the chip that the arrays are on, or inside
 jit for `registry.target_chip` (that of the mesh, else of the default device). A program traced
@@ -34,6 +34,7 @@ from pallas_kernels.registry import (
     IMPLEMENTATIONS,
     XLA,
     Implementation,
+    UnsupportedError,
     chip_of,
     choose,
     device_of,
@@ -64,7 +65,8 @@ def attention(
 
     Raises:
         ValueError: Shapes or options that mean nothing, or an unknown implementation.
-        UnsupportedError: The named implementation cannot compute this.
+        UnsupportedError: The named implementation cannot compute this, or its gradients if the call
+            is differentiated.
     """
     prompt = _Prompt(
         causal=causal,
@@ -257,10 +259,16 @@ def _attention_forward(
 def _attention_backward(
     prompt: _Prompt, residuals: tuple[Array | None, ...], gradients: tuple[Array, Array]
 ) -> tuple[Array | None, ...]:
-    """Gradients by the first implementation that can, whichever computed the forward pass."""
+    """Gradients by the named implementation, or by the first that can."""
     out_gradient, lse_gradient = gradients
+    names = [one.name for one in IMPLEMENTATIONS["attention_backward"]]
+    if prompt.implementation not in (None, *names):
+        raise UnsupportedError(
+            f"The implementation {prompt.implementation!r} of attention has no gradients: to "
+            f"differentiate, name one of {', '.join(names)}, or none to get the first that can."
+        )
     arrays = (*residuals, out_gradient, lse_gradient if prompt.with_lse else None)
-    return (*_run("attention_backward", None, prompt.options, *arrays), None, None)
+    return (*_run("attention_backward", prompt.implementation, prompt.options, *arrays), None, None)
 
 
 _attention.defvjp(_attention_forward, _attention_backward)

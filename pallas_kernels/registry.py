@@ -188,6 +188,7 @@ def _describe(chip: Chip) -> str:
 
 
 _XLA = (Implementation(name=XLA, module="pallas_kernels.reference"),)
+_PROMPT_BLOCKS = Implementation(name="xla_blocks", module="pallas_kernels.attention_blocks")
 
 
 def _mosaic(module: str, capability: tuple[int, int]) -> Implementation:
@@ -205,10 +206,12 @@ def _mosaic(module: str, capability: tuple[int, int]) -> Implementation:
 _ATTENTION = (
     _mosaic("forward_sm100", (10, 0)),
     _mosaic("forward_sm90", (9, 0)),
+    _PROMPT_BLOCKS,
     *_XLA,
 )
 _ATTENTION_BACKWARD = (
     _mosaic("backward_sm100", (10, 0)),
+    _PROMPT_BLOCKS,
     *_XLA,
 )
 _DECODE = (

@@ -103,6 +103,31 @@ def test_gradients_of_the_lse(case):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
 
 
+def gradient_by(implementation, monkeypatch, backward):
+    """The gradient, where "fake" has a forward pass and what is given as backward."""
+    fake = dataclasses.replace(FAKE, module="pallas_kernels.reference")
+    monkeypatch.setitem(registry.IMPLEMENTATIONS, "attention", (fake, FAKE))
+    offered = (*backward, registry.IMPLEMENTATIONS["attention_backward"][-1])
+    monkeypatch.setitem(registry.IMPLEMENTATIONS, "attention_backward", offered)
+
+    def loss(query, key, value):
+        return pallas_kernels.attention(query, key, value, implementation=implementation).sum()
+
+    return jax.grad(loss)(*make_inputs())
+
+
+def test_gradients_are_computed_by_the_named_implementation(monkeypatch):
+    zeros = dataclasses.replace(FAKE, module=__name__)
+    np.testing.assert_array_equal(gradient_by("fake", monkeypatch, [zeros]), 0)
+    other = dataclasses.replace(zeros, name="other")
+    assert gradient_by(None, monkeypatch, []).any()
+    with pytest.raises(
+        pallas_kernels.UnsupportedError,
+        match="'fake' of attention has no gradients: to differentiate, name one of other, xla, or",
+    ):
+        gradient_by("fake", monkeypatch, [other])
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -132,7 +157,17 @@ def refuses_wide_heads(query, *others, scale, page_table):
     return f"takes head dims up to 8, got {query.shape[-1]}" if query.shape[-1] > 8 else None
 
 
-KERNELS = {"decode_attention": registry.Kernel(run=doubled, unsupported=refuses_wide_heads)}
+def no_gradients(query, key, value, *others, **options):
+    del others, options
+    return jnp.zeros_like(query), jnp.zeros_like(key), jnp.zeros_like(value)
+
+
+KERNELS = {
+    "decode_attention": registry.Kernel(run=doubled, unsupported=refuses_wide_heads),
+    "attention_backward": registry.Kernel(
+        run=no_gradients, unsupported=registry.supports_everything
+    ),
+}
 FAKE = registry.Implementation(name="fake", module=__name__)
 
 
@@ -335,6 +370,6 @@ def test_a_gpu_is_offered_its_kernels(monkeypatch):
         )
 
     chosen = {op: [first(op, name) for name in chips] for op in registry.IMPLEMENTATIONS}
-    assert chosen["attention"] == ["mosaic_sm100", "mosaic_sm90", "xla"]
-    assert chosen["attention_backward"] == ["mosaic_sm100", "xla", "xla"]
+    assert chosen["attention"] == ["mosaic_sm100", "mosaic_sm90", "xla_blocks"]
+    assert chosen["attention_backward"] == ["mosaic_sm100", "xla_blocks", "xla_blocks"]
     assert chosen["tree_attention"] == ["mosaic_sm100", "mosaic_sm90", "triton"]
