@@ -209,7 +209,7 @@ class Place:
 
 
 def place_of(shape: Shape, numbers: Ref) -> Place:
-    """This block's place in the grid; the array of small numbers has the bounds behind the masks."""
+    """This block's place in the grid; behind the masks, `numbers` has the bounds of each row."""
     split, index = lax.axis_index("split"), lax.axis_index("head")
     row, head = lax.div(index, shape.num_kv_heads), lax.rem(index, shape.num_kv_heads)
     first = split * shape.config.split_blocks

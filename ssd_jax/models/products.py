@@ -1,6 +1,5 @@
 """Products of activations and weights, in the form that XLA computes fastest."""
 
-import functools
 import math
 
 import jax
@@ -46,17 +45,14 @@ def multiply(
 ) -> Float[Array, "B T *O"]:
     """The product as XLA's own, in the given dtype; for weights that lie transposed, too.
 
-    On a CPU a single bfloat16 row is computed as two equal ones: XLA converts the whole weight
-    matrix to float32 for a one-row product there (2.3 times slower).
+    A single bfloat16 row is computed as two equal ones: XLA's CPU backend converts the whole weight
+    matrix to float32 for a one-row product (2.3 times slower), and its GPU backend may write all
+    single products to memory before it adds them up.
     """
-    product = functools.partial(jnp.tensordot, axes=1, preferred_element_type=dtype)
-    if x.dtype != jnp.bfloat16 or x.shape[0] * x.shape[1] != 1:
-        return product(x, weights)
-
-    def as_two_rows(x: Array, weights: Array) -> Array:
-        return product(jnp.concatenate([x, x], axis=1), weights)[:, :1]
-
-    return jax.lax.platform_dependent(x, weights, cpu=as_two_rows, default=product)
+    one_row = x.dtype == jnp.bfloat16 and x.shape[0] * x.shape[1] == 1
+    rows = jnp.concatenate([x, x], axis=1) if one_row else x
+    y = jnp.tensordot(rows, weights, axes=1, preferred_element_type=dtype)
+    return y[:, :1] if one_row else y
 
 
 def _pays_by_rows(x: Float[Array, "B T I"], weights: Float[Array, "I *O"]) -> bool:
