@@ -38,13 +38,10 @@ class HopperConfig:
     Args:
         block_kv: keys of one step.
         stages: blocks of keys, and of values, in shared memory.
-        take_turns: the two warpgroups start their products in turn, so that the softmax of one runs
-            while the tensor core works for the other.
     """
 
     block_kv: int = 128
     stages: int = 2
-    take_turns: bool = True
 
     def __post_init__(self) -> None:
         if self.block_kv % 64 or not 64 <= self.block_kv <= 256:
@@ -177,7 +174,6 @@ class _Kernel:
             "values_full": plgpu.Barrier(num_barriers=stages),
             "keys_free": plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=stages),
             "values_free": plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=stages),
-            "turn": plgpu.Barrier(num_barriers=COMPUTE_WARPGROUPS),
         }
 
     def body(
@@ -283,7 +279,6 @@ class _Kernel:
         values_full: Ref,
         keys_free: Ref,
         values_free: Ref,
-        turn: Ref,
     ) -> None:
         """64 queries against all their keys."""
         stages, block_kv = jnp.int32(self.config.stages), self.config.block_kv
@@ -330,8 +325,6 @@ class _Kernel:
                 total, part, weight, largest = carry
                 start_scores(score_acc, step)
                 start_values(out_acc, total, part, step - 1)
-                if self.config.take_turns:
-                    plgpu.barrier_arrive(turn.at[1 - warpgroup])
                 scores = plgpu.wgmma_accumulator_load(score_acc, wait_n=1)
                 plgpu.barrier_arrive(keys_free.at[lax.rem(step, stages)])
                 found, added, largest, shrink = softmax(scores, step, largest, masked)
@@ -343,8 +336,6 @@ class _Kernel:
             # lets the product start from nothing, and writes no zeros.
             plgpu.barrier_wait(keys_full.at[lax.rem(step, stages)])
             plgpu.barrier_wait(values_full.at[lax.rem(step - 1, stages)])
-            if self.config.take_turns:
-                plgpu.barrier_wait(turn.at[warpgroup])
             return pl.run_scoped(overlapped, score_accumulator, out_accumulator)
 
         plgpu.copy_gmem_to_smem(
@@ -353,12 +344,6 @@ class _Kernel:
         plgpu.barrier_wait(queries_full.at[warpgroup])
         plgpu.barrier_wait(keys_full.at[0])
         part, weight, largest = pl.run_scoped(first_step, score_accumulator)
-        if self.config.take_turns:
-            # The first warpgroup begins; whoever has its turn gives it away within a step.
-            @pl.when(warpgroup == 1)
-            def _open() -> None:
-                plgpu.barrier_arrive(turn.at[0])
-
         total = jnp.zeros((TILE_ROWS, self.head_dim), jnp.float32)
         carry = (plgpu.layout_cast(total, plgpu.Layout.WGMMA), part, weight, largest)
         carry = lax.fori_loop(1, place.num_whole, lambda i, c: step_body(i, c, False), carry)
@@ -366,11 +351,6 @@ class _Kernel:
             place.num_whole, place.num_steps, lambda i, c: step_body(i, c, True), carry
         )
         total, part, weight, largest = carry
-        if self.config.take_turns:
-            # Every arrival is awaited before the block ends.
-            @pl.when(warpgroup == 0)
-            def _close() -> None:
-                plgpu.barrier_wait(turn.at[0])
 
         def last_values(accumulator: Ref) -> Ref:
             start_values(accumulator, total, part, place.num_steps - 1)

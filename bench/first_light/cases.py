@@ -9,7 +9,7 @@ STAGES = {
     "kernel-speed": "kernels beside their peers and the memory's bandwidth",
     "decode-speed": "plain decoding beside the bandwidth bound",
     "ssd-speed": "SSD with the target on the GPU and the draft on the host's CPU",
-    "extras": "Triton kernels, what Hopper answers for Blackwell, a race check by the vendor's tool",
+    "extras": "Triton, overlap of dispatches, a race check by the vendor's tool",
 }
 OPS = (
     "attention",
@@ -55,7 +55,7 @@ def all_cases(*, dry_run: bool) -> list[Case]:
         *_engine(),
         *_kernel_speed(dry_run),
         *_decode_speed(dry_run),
-        *_ssd_speed(),
+        *_ssd_speed(dry_run),
         *_extras(dry_run),
     ]
 
@@ -121,43 +121,50 @@ def _kernel_speed(dry_run: bool) -> list[Case]:
     if dry_run:
         return [
             case("forward 64", "forward", 60, slots=64, batch=1),
-            case("caches 256", "caches", 60, slots=256, batches=[1, 2]),
+            case("caches 128", "caches", 60, slots=128, batches=[1]),
         ]
     prompts = [
         case(f"forward {slots}", "forward", 90, slots=slots, batch=max(1, 16384 // slots))
         for slots in (8192, 32768, 2048)
     ]
     caches = [
-        case(f"caches {slots}", "caches", 100, slots=slots, batches=[1, 4, 16])
-        for slots in (8192, 32768, 131072)
+        case(f"caches {slots}", "caches", 100, slots=slots, batches=batches, with_parts=True)
+        for slots, batches in ((8192, [1, 16]), (32768, [1, 4, 16]), (131072, [1, 4, 16]))
     ]
     return [prompts[0], caches[0], prompts[1], caches[1], prompts[2], caches[2]]
 
 
 def _decode_speed(dry_run: bool) -> list[Case]:
-    sizes = ("tiny",) if dry_run else ("1B", "8B")
+    sizes = ("tiny",) if dry_run else ("8B", "1B")
     return [
         Case(
             stage="decode-speed",
             name=f"Llama {size}",
             function="decoding:passes",
-            options={"size": size},
-            limit_s=200,
+            options={"size": size, "widths": [1, 4] if dry_run else [1, 4, 8, 16, 64, 2]},
+            limit_s=300,
             alone=True,
         )
         for size in sizes
     ]
 
 
-def _ssd_speed() -> list[Case]:
+def _ssd_speed(dry_run: bool) -> list[Case]:
+    drafts = ("tiny draft",) if dry_run else ("40M", "140M")
     return [
         Case(
             stage="ssd-speed",
-            name="target and draft",
+            name=f"draft {draft}",
             function="ssd_rounds:compare",
-            limit_s=300,
+            options={
+                "size": "tiny" if dry_run else "8B",
+                "draft_size": draft,
+                "draft_lens": [2] if dry_run else [4, 2],
+            },
+            limit_s=400,
             alone=True,
         )
+        for draft in drafts
     ]
 
 

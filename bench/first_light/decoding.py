@@ -13,9 +13,9 @@ from ssd_jax import Model, ModelConfig, SamplingParams
 from ssd_jax.engine.batch import make_requests
 from ssd_jax.engine.round_times import measure_pass_times
 from ssd_jax.generation import choose_method
+from ssd_jax.model import DTypeName
 from ssd_jax.models.init import random_params
 
-WIDTHS = (1, 2, 4, 8, 16, 64)
 PROMPT, NEW_TOKENS = 128, 128
 GOAL = 0.9  # of the bandwidth bound
 
@@ -48,10 +48,10 @@ def llama(size: str) -> ModelConfig:
     )
 
 
-def random_model(size: str, seed: int = 0) -> Model:
-    """A model of that shape with random bfloat16 weights, made on the device."""
+def random_model(size: str, seed: int = 0, dtype: DTypeName = "bfloat16") -> Model:
+    """A model of that shape with random weights, made on the device."""
     config = llama(size)
-    return Model(config=config, params=random_params(config, seed, "bfloat16"), tokenizer=None)
+    return Model(config=config, params=random_params(config, seed, dtype), tokenizer=None)
 
 
 def weight_bytes(model: Model) -> int:
@@ -69,7 +69,7 @@ def some_prompt(config: ModelConfig, length: int = PROMPT) -> list[int]:
     return np.random.default_rng(0).integers(0, config.vocab_size, length).tolist()
 
 
-def passes(*, tell: Tell, dry_run: bool, size: str) -> None:
+def passes(*, tell: Tell, dry_run: bool, size: str, widths: list[int]) -> None:
     """Tokens a second, and seconds of a pass of more tokens, beside reading the weights once."""
     bandwidth = copy_bandwidth(0.01 if dry_run else 2.0) * 1e9
     model = random_model(size)
@@ -94,14 +94,11 @@ def passes(*, tell: Tell, dry_run: bool, size: str) -> None:
     prefill = statistics.median(one.prefill_s for one in timings)
     tell("prefill", f"{prefill * 1e3:.2f} ms for {PROMPT} tokens", seconds=prefill)
     method, batch = choose_method(model, make_requests(model, prompts, [params]), None)
-    steps = 2
-    state = method.prefill(batch)
-    parts = kernels_of(lambda: method.advance(batch, method.prefill(batch), steps))
-    del state
+    parts = kernels_of(lambda: method.advance(batch, method.prefill(batch), 4))
     if parts:
-        tell("kernels", "prefill and 2 steps: " + describe(parts, 1))
-    widths = WIDTHS[:3] if dry_run else WIDTHS
-    for width, spent in measure_pass_times(model, widths).items():
+        tell("kernels", "prefill and 4 steps: " + describe(parts, 1))
+    for width in widths:  # each is compiled, which takes long: told one by one
+        spent = measure_pass_times(model, [width])[width]
         tell(
             f"pass of {width}",
             f"{spent * 1e3:.3f} ms, {spent / bound:.2f}x the bound",

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from bench.first_light.decoding import random_model
 from ssd_jax import SSD, Completion, Model, NgramConfig, SamplingParams, Speculation, generate
 from ssd_jax.cli.compile_clock import CompileClock
 from ssd_jax.engine.batch import make_requests
@@ -22,6 +23,7 @@ PROMPTS = (
     "# Sort a list of words by their length\n",
     "Once upon a time",
 )
+TINY_PROMPTS = ([3, 1, 4, 1, 5], [2, 7, 1])
 DRAFT_LEN = 4
 
 type Tell = Callable[..., None]
@@ -29,29 +31,29 @@ type Tell = Callable[..., None]
 
 def tokens(*, tell: Tell, dry_run: bool) -> None:
     """Greedy tokens in float32 by every method: those of plain decoding on the CPU."""
-    params = _params(dry_run)
-    target, draft = _pair("float32")
+    params, prompts = _params(dry_run), _prompts(dry_run)
+    target, draft = _pair("float32", dry_run)
     cpu = jax.devices("cpu")[0]
-    expected = generate(place_model(target, cpu), PROMPTS, params)
+    expected = generate(place_model(target, cpu), prompts, params)
     with _kernels_used() as used:
         for name, method in _methods(draft).items():
-            found = generate(target, PROMPTS, params, speculation=method)
+            found = generate(target, prompts, params, speculation=method)
             tell(name, *_verdict(found, expected))
     tell("kernels", ", ".join(sorted(used)), detail=True)
 
 
 def exact(*, tell: Tell, dry_run: bool) -> None:
     """Bfloat16: under `exact` speculation is bit for bit plain decoding of the same width."""
-    params = dataclasses.replace(_params(dry_run), logprobs=1)
-    target, draft = _pair("bfloat16")
+    params, prompts = dataclasses.replace(_params(dry_run), logprobs=1), _prompts(dry_run)
+    target, draft = _pair("bfloat16", dry_run)
     with _kernels_used() as used:
-        plain = generate(target, PROMPTS, params)
+        plain = generate(target, prompts, params)
         wide = generate(
-            target, PROMPTS, params, speculation=Speculation(draft_len=DRAFT_LEN, exact=True)
+            target, prompts, params, speculation=Speculation(draft_len=DRAFT_LEN, exact=True)
         )
         speculated = generate(
             target,
-            PROMPTS,
+            prompts,
             params,
             speculation=Speculation(draft=draft, draft_len=DRAFT_LEN, exact=True),
         )
@@ -64,7 +66,7 @@ def exact(*, tell: Tell, dry_run: bool) -> None:
             "draft, exact", f"{figure}; log-probabilities {'equal' if bits else 'differ'}", ok=same
         )
         for name, method in ({} if dry_run else _methods(draft)).items():
-            found = generate(target, PROMPTS, params, speculation=method)
+            found = generate(target, prompts, params, speculation=method)
             # Ties of bfloat16 logits may fall otherwise in passes of another width.
             tell(f"{name}, not exact", _verdict(found, plain)[0])
     tell("kernels", ", ".join(sorted(used)))
@@ -75,17 +77,17 @@ def split(*, tell: Tell, dry_run: bool) -> None:
 
     After a first run nothing compiles, and rounds pass under a transfer guard.
     """
-    params = _params(dry_run)
-    target, draft = _pair("float32")
+    params, prompts = _params(dry_run), _prompts(dry_run)
+    target, draft = _pair("float32", dry_run)
     cpu = jax.devices("cpu")[0]
-    expected = generate(place_model(target, cpu), PROMPTS, params)
+    expected = generate(place_model(target, cpu), prompts, params)
     ssd = SSD(draft=place_model(draft, cpu), draft_len=3, fan_out=3)
-    found = generate(target, PROMPTS, params, speculation=ssd)
+    found = generate(target, prompts, params, speculation=ssd)
     tell("tokens", *_verdict(found, expected))
     with CompileClock() as clock:
-        generate(target, PROMPTS, params, speculation=ssd)
+        generate(target, prompts, params, speculation=ssd)
     tell("compiled again", f"{clock.seconds:.3f} s", ok=clock.seconds == 0)
-    method, batch = choose_method(target, make_requests(target, PROMPTS, params), ssd)
+    method, batch = choose_method(target, make_requests(target, prompts, params), ssd)
     run = method.advance(batch, method.prefill(batch), 1)
     with jax.transfer_guard("disallow"):
         run = method.advance(batch, run, 200)
@@ -105,7 +107,14 @@ def _params(dry_run: bool) -> SamplingParams:
     return SamplingParams(max_tokens=24 if dry_run else 128, seed=0)
 
 
-def _pair(dtype: DTypeName) -> tuple[Model, Model]:
+def _prompts(dry_run: bool) -> Sequence[str | Sequence[int]]:
+    return TINY_PROMPTS if dry_run else PROMPTS
+
+
+def _pair(dtype: DTypeName, dry_run: bool) -> tuple[Model, Model]:
+    """The demo pair; in a dry run tiny random models, which compile in a fraction of the time."""
+    if dry_run:
+        return random_model("tiny", dtype=dtype), random_model("tiny draft", seed=1, dtype=dtype)
     target, draft = (load_model(demo_folder(role), dtype) for role in ("target", "draft"))
     return target, draft
 

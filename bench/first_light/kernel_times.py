@@ -14,6 +14,7 @@ from bench.kernel_speed import Shape
 
 _DIFFERENT = 512e6  # bytes of caches that are read in turn, so that none stays in the L2 cache
 _MOST_CALLS, _REPEATS = 16, 7
+_RUNS = 10  # dispatched before the host waits, which takes as long as several short kernels
 # Goals on Hopper.
 FORWARD_GOAL, CACHE_GOAL = 1.0, 0.85
 
@@ -53,13 +54,13 @@ def caches(
 ) -> None:
     """Decoding, verification and trees over full caches, as a share of what a copy moves.
 
-    `with_parts` also lists the kernels of each op in the table.
+    `with_parts` also lists the kernels of each op.
     """
     copy = _copy(dry_run)
     tell("copy", f"{copy:.0f} GB/s read and written")
     for batch in batches:
         for shape in kernel_speed.steps((slots,), (batch,)):
-            seconds, parts = _seconds_a_call(shape)
+            seconds, parts = _seconds_a_call(shape, with_parts=with_parts)
             rate = shape.cache_bytes / seconds / 1e9
             tell(
                 f"{shape.op} B{batch} S{slots} T{shape.tokens}",
@@ -70,10 +71,10 @@ def caches(
                 share=rate / copy,
             )
             if parts:
-                tell(f"{shape.op} B{batch} S{slots}", f"of which {parts}", detail=not with_parts)
+                tell(f"{shape.op} B{batch} S{slots}", f"of which {parts}")
 
 
-def _seconds_a_call(shape: Shape) -> tuple[float, str]:
+def _seconds_a_call(shape: Shape, *, with_parts: bool) -> tuple[float, str]:
     """Seconds of one call, of many in one program, each over a cache of its own, and its kernels.
 
     One dispatch takes longer than a short kernel, so that calls one by one would time the host.
@@ -91,11 +92,11 @@ def _seconds_a_call(shape: Shape) -> tuple[float, str]:
     times = []
     for _ in range(_REPEATS):
         started = time.perf_counter()
-        for _ in range(3):
+        for _ in range(_RUNS):
             result = run()
         jax.block_until_ready(result)
-        times.append((time.perf_counter() - started) / 3 / calls)
-    return statistics.median(times), describe(kernels_of(run), calls)
+        times.append((time.perf_counter() - started) / _RUNS / calls)
+    return statistics.median(times), describe(kernels_of(run), calls) if with_parts else ""
 
 
 def _copy(dry_run: bool) -> float:

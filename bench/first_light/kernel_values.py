@@ -80,8 +80,8 @@ def triton(*, tell: Tell, dry_run: bool) -> None:
 
             def call(
                 arguments: tuple[Any, ...],
-                page_table: Any,
-                problem: Problem = problem,  # noqa: ANN401
+                page_table: Any,  # noqa: ANN401
+                problem: Problem = problem,
             ) -> tuple[jax.Array, jax.Array]:
                 options = {"scale": problem.head_dim**-0.5, "page_table": page_table}
                 reason = own[problem.op].unsupported(*arguments, **options)

@@ -211,7 +211,7 @@ def _attend(
         lse = np.log(np.exp(scores - np.where(np.isneginf(top), 0, top)[..., None]).sum(-1)) + top
     total, of_own = lse, None
     if own is not None:
-        own_keys, own_values, step = own
+        own_keys, _, step = own
         of_own = np.einsum("bkgrh,bkjrh->bkgrj", grouped, own_keys[:, :, : step + 1]) * scale
         total = np.logaddexp(lse, np.logaddexp.reduce(of_own, axis=-1))
     base = np.where(np.isneginf(total), 0, total)[..., None]

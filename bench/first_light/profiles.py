@@ -47,5 +47,5 @@ def describe(kernels: list[KernelTime], calls: int) -> str:
     """The parts in words, for one of so many calls."""
     return "; ".join(
         f"{one.name[:48]} {one.count / calls:.2g}x {one.microseconds / calls:.1f} us"
-        for one in kernels[:8]
+        for one in kernels[:24]
     )

@@ -11,6 +11,8 @@ from pallas_kernels.proof.interpret import run_case
 CASES = {
     # Splits of unequal length, a row that sees nothing, NaN past every length.
     "ragged": {"num_rows": 8, "lengths": [400, 0], "split_blocks": 3, "spoil": True},
+    # Nothing is merged, and a row still may see nothing.
+    "one split": {"num_rows": 8, "lengths": [400, 0], "split_blocks": 4, "spoil": True},
     "tree": {"num_rows": 16, "lengths": [250], "num_slots": 256, "with_bits": True},
     "pages": {
         "num_rows": 16,
@@ -83,7 +85,7 @@ RAGGED_FAULTS = [  # who zeroes values that nobody has written: the kernel, its 
 QUICK_FAULTS = [("sm_100", "barrier weights_ready"), ("sm_90", "barrier values_free")]
 
 
-QUICK = [("sm_100", "ragged"), ("sm_100", "tree"), ("sm_90", "pages")]
+QUICK = [("sm_90", "one split"), ("sm_100", "ragged"), ("sm_100", "tree"), ("sm_90", "pages")]
 
 
 @pytest.mark.parametrize(
