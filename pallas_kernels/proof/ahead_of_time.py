@@ -164,7 +164,7 @@ def _written(path: pathlib.Path) -> tuple[int, str]:
 def _read_kernel(path: pathlib.Path, said: str) -> CompiledKernel:
     disassembly = path.read_text()
     assembler = path.with_suffix(".ptxas").read_text()
-    resources = path.with_suffix(".resources.txt").read_text()
+    resources = _resources(path).read_text()
     ptx = path.with_suffix(".ptx").read_text()
     said = said + assembler
     warpgroups = _number(r"\.maxntid (\d+)", ptx) // WARPGROUP_THREADS
@@ -186,6 +186,16 @@ def _read_kernel(path: pathlib.Path, said: str) -> CompiledKernel:
         hot_loops=tuple(sass.hot_loops(disassembly, HOT)),
         vote_branches=tuple(sass.vote_branches(disassembly)),
     )
+
+
+def _resources(path: pathlib.Path) -> pathlib.Path:
+    """What JAX says a kernel uses; JAX 0.12 may number that otherwise than the machine code."""
+    same = path.with_suffix(".resources.txt")
+    name = re.sub(r"_\d+$", "", path.stem)
+    found = [same] if same.exists() else list(path.parent.glob(f"{name}_*.resources.txt"))
+    if len(found) != 1:
+        raise AheadOfTimeError(f"{path.name} should have one report of resources, found {found}.")
+    return found[0]
 
 
 def _assembler(report: str, ptx: str) -> str:

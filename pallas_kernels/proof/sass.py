@@ -15,6 +15,7 @@ _INSTRUCTION = re.compile(
     r"/\*[0-9a-f]{4,}\*/\s+(?P<guard>@!?U?P[T\d]+\s+)?(?P<opcode>[A-Z][A-Z0-9_]*[.\w]*)(?P<rest>[^/]*)"
 )
 _TARGET = re.compile(r"\.L_x_\d+")
+_SECTION = re.compile(r"^\s*\.section\s+(\.text\.__cuda)?")
 _VOTED = re.compile(r"(?:R\w+, )?(P\d),")
 _ENDS = ("EXIT", "RET", "KILL", "RPCMOV")
 
@@ -63,12 +64,18 @@ def count(instructions: list[Instruction]) -> Counts:
 def parse(text: str) -> tuple[list[Instruction], dict[str, int]]:
     """The instructions of a disassembly in order, and for each label the index it stands before.
 
-    Padding after the last jump (NOP) is left out.
+    Padding after the last jump (NOP) is left out, and helper functions in sections of their own,
+    which nvJitLink puts before the kernel.
     """
     instructions: list[Instruction] = []
     labels: dict[str, int] = {}
+    helper = False
     for line in text.splitlines():
-        if label := _LABEL.match(line):
+        if section := _SECTION.match(line):
+            helper = section[1] is not None
+        elif helper:
+            continue
+        elif label := _LABEL.match(line):
             labels[label[1]] = len(instructions)
         elif found := _INSTRUCTION.search(line):
             opcode, rest = found["opcode"], found["rest"]

@@ -71,6 +71,20 @@ def test_hot_loops_behind_a_jump_through_a_table_are_found():
     assert products.matrix_products == 1
 
 
+HELPER = """
+        .section        .text.__cuda_trap,"ax",@progbits
+__cuda_trap:
+        /*0000*/                   RET.ABS.NODEC R20 0x0 ;
+        .section        .text.kernel,"ax",@progbits
+kernel:
+"""
+
+
+def test_helper_functions_before_the_kernel_do_not_count():
+    (loop,) = sass.hot_loops(HELPER + PROGRAM, ("MUFU.EX2",))
+    assert loop.total == 8
+
+
 VOTE = """
 .L_x_1:
         /*0000*/                   VOTE.ANY P0, !P1 ;
