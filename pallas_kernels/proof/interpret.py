@@ -21,6 +21,7 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -122,22 +123,37 @@ def run_case(
         return Outcome(**found, log=text[-_KEPT_LOG:])
 
 
-def _run_here(case: str, chip: str, arguments: str, report: str) -> None:
-    from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call as interpreter
+@contextlib.contextmanager
+def _race_states() -> Iterator[list[Any]]:
+    """The race states of all kernels that run inside; JAX keeps that of the last one only."""
+    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 
+    make = gpu_callbacks.GPURaceDetectionState  # pyright: ignore[reportPrivateImportUsage]
+    states = []
+
+    def make_and_keep(*arguments: Any, **options: Any) -> Any:  # noqa: ANN401
+        states.append(make(*arguments, **options))
+        return states[-1]
+
+    with mock.patch.object(gpu_callbacks, "GPURaceDetectionState", make_and_keep):
+        yield states
+
+
+def _run_here(case: str, chip: str, arguments: str, report: str) -> None:
     from pallas_kernels.proof import wgmma
 
     module, function = case.split(":")
     figures, races, error = {}, False, None
-    try:
-        with abstract_gpu(chip), wgmma.modelled():
-            figures = getattr(importlib.import_module(module), function)(**json.loads(arguments))
-    except Exception as exception:
-        traceback.print_exc()
-        races = _RACE in str(exception)
-        error = f"{type(exception).__name__}: {str(exception)[-_KEPT_LOG:]}"
-    with contextlib.suppress(AssertionError):  # no kernel ran
-        races |= interpreter.get_races().races_found
+    with _race_states() as states:
+        try:
+            with abstract_gpu(chip), wgmma.modelled():
+                run = getattr(importlib.import_module(module), function)
+                figures = run(**json.loads(arguments))
+        except Exception as exception:
+            traceback.print_exc()
+            races = _RACE in str(exception)
+            error = f"{type(exception).__name__}: {str(exception)[-_KEPT_LOG:]}"
+    races |= any(state.races_found for state in states)
     partial = Path(report).with_suffix(".partial")
     partial.write_text(json.dumps({"figures": figures, "races": bool(races), "error": error}))
     partial.rename(report)

@@ -46,6 +46,12 @@ def hand_over(*, arrives, waits):
     return {"right": bool((out == jnp.arange(1, 129)).all())}
 
 
+def races_then_not():
+    """A kernel that races, then one that does not."""
+    hand_over(arrives=False, waits=False)
+    return hand_over(arrives=True, waits=True)
+
+
 def product(*, waits, overwrites):
     """A sum that starts at 1, plus a product of registers and shared memory, on Hopper."""
     shape = (64, 64)

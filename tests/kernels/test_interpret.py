@@ -23,6 +23,12 @@ def test_run_case_sees_a_race():
     assert outcome.detection == "race"
 
 
+def test_run_case_sees_a_race_of_a_kernel_that_is_not_the_last():
+    outcome = run_case("interpreter_cases:races_then_not")
+    assert outcome.figures == {"right": True}
+    assert outcome.detection == "race", outcome.log
+
+
 @pytest.mark.parametrize(
     ("arguments", "detection"),
     [
