@@ -8,6 +8,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
+from edges import relative_rms
 from faults import without
 
 from pallas_kernels import backward_sm100
@@ -29,6 +30,7 @@ def accuracy(
     size: float = 1.0,
     lengths: list[int] | None = None,
     lse_gradient: bool = False,
+    scale: float | None = None,
     **config: Any,
 ) -> dict[str, float]:
     """Relative RMS errors of the three gradients against float64, and whether they repeat."""
@@ -36,7 +38,7 @@ def accuracy(
     query, key, value, out_gradient = arrays
     generator = np.random.default_rng(1)
     of_lse = generator.standard_normal((batch, heads, tokens)) if lse_gradient else None
-    scale = head_dim**-0.5
+    scale = head_dim**-0.5 if scale is None else scale
     out, lse, expected = float64_gradients(*arrays, of_lse, lengths, causal, scale)
     run = functools.partial(
         attention_backward,
@@ -67,11 +69,6 @@ def accuracy(
         name: relative_rms(np.asarray(got, np.float64), want)
         for name, got, want in zip(names, found, expected, strict=True)
     }
-
-
-def relative_rms(got: np.ndarray, want: np.ndarray) -> float:
-    """Root mean square of the difference, relative to that of what was wanted."""
-    return float(np.sqrt(np.mean((got - want) ** 2) / np.mean(want**2)))
 
 
 def draw(
@@ -149,7 +146,7 @@ def rounding_errors(*, head_dim: int, size: float, length: int = 256) -> dict[st
     slopes = rounded(weights * (gradient @ value.T - delta[:, None]))
     found = slopes @ key * scale, slopes.T @ query * scale, rounded(weights).T @ gradient
     return {
-        name: relative_rms(rounded(got), want[0, :, 0])
+        name: relative_rms(rounded(got)[None], want[:, :, 0])
         for name, got, want in zip(("query", "key", "value"), found, expected, strict=True)
     }
 

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+from edges import relative_rms
 from faults import without
 
 from pallas_kernels import decode_sm90, decode_sm100
@@ -33,6 +34,8 @@ def rows_and_limits(
     lengths=(512,),
     kv_heads=1,
     factor=6.0,
+    scale=None,
+    spread=5,
     dtype="bfloat16",
     tiles=1,
     split_blocks=2,
@@ -43,11 +46,16 @@ def rows_and_limits(
     seed=0,
     kernel="sm_100",
 ):
-    """Errors of the combined splits, and of the LSE, against float64 on the same inputs."""
+    """Errors of the combined splits, and of the LSE, against float64 on the same inputs.
+
+    `factor` is the loudness of all scores or, as a list, of each row of the batch; the limits of
+    its rows are the length and up to `spread` - 1 less.
+    """
     rng = np.random.default_rng(seed)
     batch = len(lengths)
     low = jnp.dtype(dtype)
-    rows = rng.standard_normal((batch, kv_heads, num_rows, head_dim)) * factor
+    rows = rng.standard_normal((batch, kv_heads, num_rows, head_dim))
+    rows *= np.reshape(factor, (-1, 1, 1, 1))
     keys, values = rng.standard_normal((2, batch, kv_heads, num_slots, head_dim))
     lengths = np.array(lengths, np.int32)
     slot = np.arange(num_slots)
@@ -60,7 +68,7 @@ def rows_and_limits(
         visible = (distance < 0) | ((distance < 64) & chosen)
         visible &= slot < lengths[:, None, None]
     else:
-        limits = np.maximum(lengths[:, None] - rng.integers(0, 5, (batch, num_rows)), 0)
+        limits = np.maximum(lengths[:, None] - rng.integers(0, spread, (batch, num_rows)), 0)
         limits = limits.astype(np.int32)
         bits = None
         visible = slot < limits[..., None]
@@ -69,7 +77,7 @@ def rows_and_limits(
         keys = np.where(hidden[:, None, :, None], poison, keys)
         values = np.where(hidden[:, None, :, None], -poison, values)
     rows, keys, values = (np.asarray(jnp.asarray(x, low)) for x in (rows, keys, values))
-    scale = head_dim**-0.5
+    scale = head_dim**-0.5 if scale is None else scale
     expected, expected_lse = naive(
         *(x.astype(np.float64) for x in (rows, keys, values)), visible, scale
     )
@@ -89,7 +97,7 @@ def rows_and_limits(
     out, lse = np.asarray(out), np.asarray(lse)
     blind = np.isneginf(expected_lse)
     return {
-        "relative_rms": float(np.sqrt(np.mean((out - expected) ** 2) / np.mean(expected**2))),
+        "relative_rms": relative_rms(out, expected),
         "lse": float(np.max(np.abs(lse - expected_lse)[~blind])),
         "blind": int(blind.sum()),
         "blind_right": bool(np.all(np.isneginf(lse) == blind) and np.all(out[blind] == 0)),

@@ -2,6 +2,7 @@
 
 import jax
 import pytest
+from edges import EDGES
 from faults import expected
 
 from pallas_kernels import backward_sm100
@@ -14,10 +15,12 @@ TOLERANCE = {"bfloat16": 4e-3, "float16": 6e-4}
 CASES = {
     "causal_gqa_d64": {"causal": True, "heads": 2, "head_dim": 64, "size": 3.0},
     "ragged": {
-        "lengths": [150, 0],
-        "batch": 2,
+        "lengths": [150, 0, 1, 129, 257],
+        "batch": 5,
         "tokens": 100,
+        "slots": 300,
         "head_dim": 64,
+        "scale": 0.1,
         "lse_gradient": True,
     },
 }
@@ -25,6 +28,23 @@ SLOW_CASES = {
     "full_d128": {"tokens": 384, "slots": 128},
     "causal_three_tiles": {"causal": True, "tokens": 384, "slots": 384, "dtype": "float16"},
     "four_heads_a_kv_head": {"heads": 4, "causal": True, "head_dim": 64, "batch": 2},
+    "causal_ragged_grouped": {
+        "lengths": [1, 127, 129],
+        "batch": 3,
+        "tokens": 129,
+        "slots": 129,
+        "heads": 4,
+        "kv_heads": 2,
+        "head_dim": 64,
+        "causal": True,
+    },
+    "lengths_at_edges": {
+        "lengths": EDGES,
+        "batch": len(EDGES),
+        "tokens": 64,
+        "slots": 300,
+        "head_dim": 64,
+    },
     "beside_d128": {"share": False, "tokens": 384},
     "in_turns_d64": {"share": True, "head_dim": 64, "causal": True},
 }

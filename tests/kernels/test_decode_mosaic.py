@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from edges import EDGES
 from faults import PRODUCT_WAIT, expected
 
 from pallas_kernels import decode_sm100
@@ -12,7 +13,24 @@ CASES = {
     # Splits of unequal length, a row that sees nothing, poison past every length.
     "ragged": {"num_rows": 8, "lengths": [400, 0], "split_blocks": 3, "poison": 1e4},
     "tree": {"num_rows": 16, "lengths": [250], "num_slots": 256, "with_bits": True},
-    "pages": {"num_rows": 16, "lengths": [250], "page_slots": 64, "num_slots": 256},
+    "pages": {
+        "num_rows": 16,
+        "lengths": [250, 129],
+        "page_slots": 64,
+        "num_slots": 256,
+        "kv_heads": 2,
+    },
+    # One row is so quiet that its maximum, once found, often stays.
+    "edges": {
+        "num_rows": 1,
+        "lengths": [*EDGES, 511, 511],
+        "factor": [1.0] * (1 + len(EDGES)) + [0.01],
+        "split_blocks": 4,
+        "spread": 1,
+        "scale": 0.3,
+        "poison": 1e4,
+        "head_dim": 64,
+    },
 }
 SLOW_CASES = {
     "two tiles, tree": {
@@ -60,7 +78,13 @@ FAULTS = [
 QUICK_FAULTS = [("sm_100", "barrier weights_ready"), ("sm_90", "barrier values_free")]
 
 
-QUICK = [("sm_100", "ragged"), ("sm_100", "tree"), ("sm_90", "pages")]
+QUICK = [
+    ("sm_100", "ragged"),
+    ("sm_100", "tree"),
+    ("sm_100", "edges"),
+    ("sm_90", "edges"),
+    ("sm_90", "pages"),
+]
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,13 @@
 """The Blackwell forward kernel against float64, with race detection, and with faults put in.
 
 Inputs are loud (scores spread by 6), so that maxima grow by more than the rescaling threshold.
+Where a key too many or too few must show they are quiet, so that every key weighs something.
 """
 
 import jax
 import jax.numpy as jnp
 import pytest
+from edges import EDGES
 from faults import expected
 
 from pallas_kernels import forward_sm100
@@ -41,14 +43,25 @@ CASES = {
         "soft_cap": 20.0,
         "dtype": "float16",
     },
-    "rows that see nothing": {
-        "batch": 3,
+    "rows that see nothing, lengths at the edges of blocks": {
+        "batch": 1 + len(EDGES),
         "tokens": 130,
-        "slots": 256,
-        "lengths": [0, 1, 129],
+        "slots": 300,
+        "lengths": [0, *EDGES],
+        "loudness": 1.0,
+        "scale": 0.3,
         "poison": 1e4,
         "programs": 1,
     },
+    "starts at the edges of blocks": {
+        "batch": len(EDGES),
+        "tokens": 100,
+        "slots": 384,
+        "causal": True,
+        "start": EDGES,
+        "loudness": 1.0,
+    },
+    "one block an item": {"slots": 128, "heads": 4, "programs": 1},
 }
 SLOW_CASES = {
     "head dim 192": {"head_dim": 192, "overlay": "wait", "causal": True},
@@ -75,6 +88,32 @@ SLOW_CASES = {
     "one stage of keys": {"kv_stages": 1, "out_stages": 1, "slots": 512},
     "one tile": {"tiles": 1, "tokens": 300, "programs": 3},
     "window without causality": {"tokens": 400, "slots": 400, "window": 100},
+    "windows at the edges of blocks, not causal": {
+        "batch": len(EDGES),
+        "tokens": 130,
+        "slots": 384,
+        "start": EDGES,
+        "window": 127,
+        "loudness": 1.0,
+    },
+    "windows at the edges of blocks, causal": {
+        "batch": len(EDGES),
+        "tokens": 300,
+        "slots": 600,
+        "start": EDGES,
+        "window": 130,
+        "causal": True,
+        "loudness": 1.0,
+    },
+    "rows past every key beside rows that see some": {
+        "batch": 2,
+        "tokens": 256,
+        "slots": 384,
+        "start": [200, 330],
+        "lengths": [256, 500],
+        "window": 100,
+        "loudness": 1.0,
+    },
     "more programs than items": {"programs": 148},
     "a large poison past the length, head dim 128": {
         "head_dim": 128,

@@ -2,6 +2,7 @@
 
 import jax
 import pytest
+from edges import EDGES
 from faults import PRODUCT_WAIT, expected
 
 from pallas_kernels import forward_sm90
@@ -20,7 +21,22 @@ CASES = {
         "dtype": "float16",
         "size": 6.0,
     },
-    "ragged": {"lengths": [300, 0], "batch": 2, "tokens": 70, "slots": 400, "head_dim": 64},
+    "ragged": {
+        "lengths": [300, 0, *EDGES, 500],
+        "batch": 3 + len(EDGES),
+        "tokens": 70,
+        "slots": 400,
+        "head_dim": 64,
+        "scale": 0.1,
+    },
+    "starts_at_edges": {
+        "causal": True,
+        "start": EDGES,
+        "batch": len(EDGES),
+        "tokens": 100,
+        "slots": 384,
+        "head_dim": 64,
+    },
 }
 SLOW_CASES = {
     "full": {"slots": 384, "size": 6.0},
@@ -31,6 +47,17 @@ SLOW_CASES = {
         "batch": 2,
         "tokens": 160,
         "slots": 256,
+    },
+    "causal_ragged_grouped": {
+        "causal": True,
+        "start": [300] * len(EDGES),
+        "lengths": EDGES,
+        "batch": len(EDGES),
+        "heads": 4,
+        "kv_heads": 2,
+        "tokens": 70,
+        "slots": 300,
+        "head_dim": 64,
     },
     "narrow_blocks": {"block_kv": 64, "slots": 320, "size": 6.0, "heads": 2, "kv_heads": 2},
     "many_steps": {"slots": 1024, "head_dim": 64, "size": 6.0},
