@@ -71,6 +71,15 @@ def accuracy(
     }
 
 
+def wrong(figures: dict[str, float], case: dict[str, Any]) -> list[str]:
+    """Which figures of `accuracy` are not those of right kernels.
+
+    Scores and weights pass through 16 bits before the products, out gradients came in 16 bits.
+    """
+    limit = {"bfloat16": 4e-3, "float16": 6e-4}[case.get("dtype", "bfloat16")]
+    return [name for name, error in figures.items() if not error <= limit]
+
+
 def draw(
     batch: int,
     tokens: int,

@@ -18,10 +18,10 @@ def edited(name, edits):
     return module
 
 
-def run(*, module, edits, case, **arguments):
+def run(*, module, edits, of, **arguments):
     """The figures of a case, in a process where nobody has imported the module that is edited."""
     if module in sys.modules:
         raise ValueError(f"{module} is imported already")
     edited(module, edits)
-    name, function = case.split(":")
+    name, function = of.split(":")
     return getattr(importlib.import_module(name), function)(**arguments)

@@ -101,6 +101,15 @@ def accuracy(
     }
 
 
+def wrong(figures, case):
+    """Which figures of `accuracy` are not those of a right kernel."""
+    del case
+    limits = {"relative_rms": 3e-3, "lse_error": 2e-4}
+    flags = ("blind_rows_agree", "blind_rows_are_zero")
+    too_large = [name for name, limit in limits.items() if not figures[name] <= limit]
+    return too_large + [name for name in flags if not figures[name]]
+
+
 def compiled(
     *,
     batch=1,

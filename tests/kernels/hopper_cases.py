@@ -59,6 +59,14 @@ def accuracy(
     }
 
 
+def wrong(figures: dict[str, float], case: dict[str, Any]) -> list[str]:
+    """Which figures of `accuracy` are not those of a right kernel."""
+    rms = {"bfloat16": 3e-3, "float16": 4e-4}[case.get("dtype", "bfloat16")]
+    limits = {"relative_rms": rms, "lse": 2e-4}
+    too_large = [name for name, limit in limits.items() if not figures[name] <= limit]
+    return too_large + ([] if figures["blind_rows_right"] else ["blind_rows_right"])
+
+
 def float64_attention(
     query: Any,
     key: Any,

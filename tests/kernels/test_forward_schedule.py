@@ -9,41 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from edited_cases import edited
+from slips import SCHEDULE, SCHEDULE_EDITS
 
 from pallas_kernels.attention_config import TILE_ROWS
 from pallas_kernels.forward_schedule import Schedule
 
 FEW_SHAPES = 32  # so many items are computed at once, or a multiple of it, to compile little
-# What a slip of the hand would make of the schedule.
-FAULTS = {
-    "causal: a block is whole one slot too early": ("position + 1)", "position + 2)"),
-    "causal: the last slot of a tile is forgotten": (
-        "start + first_row + self.tile_rows)",
-        "start + first_row + self.tile_rows - 1)",
-    ),
-    "window: a block is whole one slot too early": (
-        "position + (TILE_ROWS - self.window)",
-        "position + (TILE_ROWS - 1 - self.window)",
-    ),
-    "window: the first slot is forgotten": ("(self.window - 1), 0)", "(self.window - 2), 0)"),
-    "window: a block too many": ("(self.window - 1), 0)", "self.window, 0)"),
-    "a block of one slot is forgotten": ("number + (by - 1)", "number + (by - 2)"),
-    "a block too many": ("number + (by - 1)", "number + by"),
-    "whole blocks are masked": ("position + 1)", "position)"),
-    "a tile past the tokens works": (
-        "jnp.where(first_row < self.num_tokens, count, 0)",
-        "count",
-    ),
-    "whole blocks past the last": (
-        "end = lax.min(lax.max(lax.div(end, self.block_kv) - item.first_block, 0), count)",
-        "end = lax.max(lax.div(end, self.block_kv) - item.first_block, 0)",
-    ),
-    "heads of a group lie apart": (
-        "lax.div(head, self.num_heads // self.num_kv_heads)",
-        "lax.rem(head, jnp.int32(self.num_kv_heads))",
-    ),
-    "the second block of a pair takes the rows of the first": ("+ rank * TILE_ROWS", ""),
-}
 
 
 def beside_multiple(random, of, most):
@@ -157,10 +128,10 @@ def test_items_cover_every_row_once_and_exactly_the_blocks_it_sees(call):
     check(Schedule(**arguments), start, length)
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_slip_in_the_schedule_is_detected(fault):
+@pytest.mark.parametrize("slip", SCHEDULE_EDITS)
+def test_a_slip_in_the_schedule_is_detected(slip):
     with mock.patch.dict(sys.modules):
-        faulty = edited("pallas_kernels.forward_schedule", [FAULTS[fault]]).Schedule
+        faulty = edited(SCHEDULE, [SCHEDULE_EDITS[slip]]).Schedule
 
     @hypothesis.settings(max_examples=250, phases=[hypothesis.Phase.generate])
     @hypothesis.given(calls())
