@@ -14,8 +14,8 @@ from pallas_kernels.proof.interpret import run_case
 CASES = {
     "causal_gqa_d64": {"causal": True, "heads": 2, "head_dim": 64, "size": 3.0},
     "ragged": {
-        "lengths": [150, 0, 1, 129, 257],
-        "batch": 5,
+        "lengths": [257, 0, 129],
+        "batch": 3,
         "tokens": 100,
         "slots": 300,
         "head_dim": 64,
