@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+from edges import relative_rms
 from faults import without
 
 from pallas_kernels import decode_sm90, decode_sm100
@@ -33,6 +34,8 @@ def rows_and_limits(
     lengths=(512,),
     kv_heads=1,
     factor=6.0,
+    scale=None,
+    spread=5,
     dtype="bfloat16",
     tiles=1,
     split_blocks=2,
@@ -45,12 +48,15 @@ def rows_and_limits(
 ):
     """Errors of the combined splits, and of the LSE, against float64 on the same inputs.
 
-    With `spoil` all that nobody has written, keys and values past the lengths, is NaN.
+    With `spoil` all that nobody has written, keys and values past the lengths, is NaN. `factor` is
+    the loudness of all scores or, as a list, of each row of the batch; the limits of its rows are
+    the length and up to `spread` - 1 less.
     """
     rng = np.random.default_rng(seed)
     batch = len(lengths)
     low = jnp.dtype(dtype)
-    rows = rng.standard_normal((batch, kv_heads, num_rows, head_dim)) * factor
+    rows = rng.standard_normal((batch, kv_heads, num_rows, head_dim))
+    rows *= np.reshape(factor, (-1, 1, 1, 1))
     keys, values = rng.standard_normal((2, batch, kv_heads, num_slots, head_dim))
     lengths = np.array(lengths, np.int32)
     slot = np.arange(num_slots)
@@ -63,12 +69,12 @@ def rows_and_limits(
         visible = (distance < 0) | ((distance < 64) & chosen)
         visible &= slot < lengths[:, None, None]
     else:
-        limits = np.maximum(lengths[:, None] - rng.integers(0, 5, (batch, num_rows)), 0)
+        limits = np.maximum(lengths[:, None] - rng.integers(0, spread, (batch, num_rows)), 0)
         limits = limits.astype(np.int32)
         bits = None
         visible = slot < limits[..., None]
     rows, keys, values = (np.asarray(jnp.asarray(x, low)) for x in (rows, keys, values))
-    scale = head_dim**-0.5
+    scale = head_dim**-0.5 if scale is None else scale
     expected, expected_lse = naive(
         *(x.astype(np.float64) for x in (rows, keys, values)), visible, scale
     )
@@ -91,11 +97,20 @@ def rows_and_limits(
     out, lse = np.asarray(out), np.asarray(lse)
     blind = np.isneginf(expected_lse)
     return {
-        "relative_rms": float(np.sqrt(np.mean((out - expected) ** 2) / np.mean(expected**2))),
+        "relative_rms": relative_rms(out, expected),
         "lse": float(np.max(np.abs(lse - expected_lse)[~blind])),
         "blind": int(blind.sum()),
         "blind_right": bool(np.all(np.isneginf(lse) == blind) and np.all(out[blind] == 0)),
     }
+
+
+def wrong(figures, case):
+    """Which figures of `rows_and_limits` are not those of a right kernel."""
+    limits = {"relative_rms": 3e-3, "lse": 2e-4}
+    too_large = [name for name, limit in limits.items() if not figures[name] <= limit]
+    some_are_blind = 0 in case.get("lengths", [])
+    blind = figures["blind_right"] and (figures["blind"] > 0) == some_are_blind
+    return too_large + ([] if blind else ["blind"])
 
 
 def program(

@@ -1,9 +1,15 @@
-"""Kernels with one piece of synchronisation taken out, to see that the race detector notices."""
+"""Kernels with faults put in, to see that the race detector or the values notice.
+
+`without` takes one piece of synchronisation out, a `Slip` edits the source.
+"""
 
 import contextlib
+import dataclasses
 from unittest import mock
 
 from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.proof.interpret import run_case
 
 WITHOUT_NAME = ("commit_tmem", "wait_load_tmem", "commit_smem", "wait_smem_to_gmem")
 PRODUCT_WAIT = "wgmma wait"
@@ -78,3 +84,28 @@ def without(fault, owner, name="body"):
         yield
     if not skipped:
         raise ValueError(f"{fault!r} took nothing out of the kernel")
+
+
+@dataclasses.dataclass(frozen=True)
+class Slip:
+    """A slip of the hand in a module: edits of its source, the case that sees it, and how.
+
+    The edits are pairs of old and new, the case is one of those that the right kernel passes.
+    """
+
+    module: str
+    edits: list[tuple[str, str]]
+    case: str
+    refusals: frozenset[str] = frozenset({"values"})
+
+    def run(self, case, arguments, *, chip="sm_100"):
+        """What becomes of a case of the edited kernel."""
+        edited = {"module": self.module, "edits": self.edits, "of": case}
+        return run_case("edited_cases:run", chip=chip, timeout=120.0, **edited, **arguments)
+
+
+def how_refused(outcome, wrong, case):
+    """`Outcome.detection`, or "values" if a case ran to its end and its figures are wrong."""
+    if outcome.detection is None and outcome.error is None and wrong(outcome.figures, case):
+        return "values"
+    return outcome.detection

@@ -6,6 +6,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
+from edges import relative_rms
 from faults import without
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -52,6 +53,7 @@ def accuracy(
     head_dim=64,
     dtype="bfloat16",
     loudness=6.0,
+    scale=None,
     lengths=None,
     start=None,
     causal=False,
@@ -74,7 +76,8 @@ def accuracy(
             key[row, length:] = poison
             value[row, length:] = poison
     key, value = jnp.asarray(key, dtype), jnp.asarray(value, dtype)
-    options = {"causal": causal, "scale": head_dim**-0.5, "soft_cap": soft_cap, "window": window}
+    scale = head_dim**-0.5 if scale is None else scale
+    options = {"causal": causal, "scale": scale, "soft_cap": soft_cap, "window": window}
     config = forward_config(head_dim, soft_cap=soft_cap, window=window)
     config = dataclasses.replace(config, **{"programs": 2, **settings})
     as_array = lambda x: None if x is None else jnp.asarray(x, jnp.int32)  # noqa: E731
@@ -92,12 +95,21 @@ def accuracy(
     seen = np.isfinite(want_lse)
     return {
         "unsupported": reason,
-        "relative_rms": float(np.sqrt(np.mean((out - want) ** 2) / np.mean(want**2))),
+        "relative_rms": relative_rms(out, want),
         "largest_error": float(np.abs(out - want).max()),
         "lse_error": float(np.abs(lse - want_lse)[seen].max()) if seen.any() else 0.0,
         "blind_rows_agree": bool(np.array_equal(seen, np.isfinite(lse))),
         "blind_rows_are_zero": bool((np.swapaxes(out, 1, 2)[~seen] == 0).all()),
     }
+
+
+def wrong(figures, case):
+    """Which figures of `accuracy` are not those of a right kernel."""
+    del case
+    limits = {"relative_rms": 3e-3, "lse_error": 2e-4}
+    flags = ("blind_rows_agree", "blind_rows_are_zero")
+    too_large = [name for name, limit in limits.items() if not figures[name] <= limit]
+    return too_large + [name for name in flags if not figures[name]]
 
 
 def compiled(

@@ -2,22 +2,24 @@
 
 import jax
 import pytest
-from faults import expected
+from backward_cases import wrong
+from edges import EDGES
+from faults import expected, how_refused
+from slips import BACKWARD
 
 from pallas_kernels import backward_sm100
 from pallas_kernels.backward_tiles_sm100 import BackwardConfig
 from pallas_kernels.proof.interpret import run_case
 
-# Scores and weights pass through 16 bits before the products, out gradients came in 16 bits.
-TOLERANCE = {"bfloat16": 4e-3, "float16": 6e-4}
-
 CASES = {
     "causal_gqa_d64": {"causal": True, "heads": 2, "head_dim": 64, "size": 3.0},
     "ragged": {
-        "lengths": [150, 0],
-        "batch": 2,
+        "lengths": [257, 0, 129],
+        "batch": 3,
         "tokens": 100,
+        "slots": 300,
         "head_dim": 64,
+        "scale": 0.1,
         "lse_gradient": True,
     },
 }
@@ -25,6 +27,23 @@ SLOW_CASES = {
     "full_d128": {"tokens": 384, "slots": 128},
     "causal_three_tiles": {"causal": True, "tokens": 384, "slots": 384, "dtype": "float16"},
     "four_heads_a_kv_head": {"heads": 4, "causal": True, "head_dim": 64, "batch": 2},
+    "causal_ragged_grouped": {
+        "lengths": [1, 127, 129],
+        "batch": 3,
+        "tokens": 129,
+        "slots": 129,
+        "heads": 4,
+        "kv_heads": 2,
+        "head_dim": 64,
+        "causal": True,
+    },
+    "lengths_at_edges": {
+        "lengths": EDGES,
+        "batch": len(EDGES),
+        "tokens": 64,
+        "slots": 300,
+        "head_dim": 64,
+    },
     "beside_d128": {"share": False, "tokens": 384},
     "in_turns_d64": {"share": True, "head_dim": 64, "causal": True},
 }
@@ -41,8 +60,7 @@ def test_gradients_agree_with_float64_and_do_not_race(arguments):
     outcome = run_case("backward_cases:accuracy", timeout=300.0, **arguments)
     assert outcome.error is None, outcome.log
     assert not outcome.races, outcome.log
-    tolerance = TOLERANCE[arguments.get("dtype", "bfloat16")]
-    assert max(outcome.figures.values()) <= tolerance
+    assert wrong(outcome.figures, arguments) == [], outcome.figures
 
 
 @pytest.mark.slow
@@ -101,6 +119,20 @@ QUERY_FAULTS = [
 def test_missing_synchronisation_is_detected(kernel, fault):
     outcome = run_case("backward_cases:faulty", timeout=90.0, kernel=kernel, fault=fault)
     assert outcome.detection in expected(fault), outcome.log
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if index else ())
+        for index, name in enumerate(BACKWARD)
+    ],
+)
+def test_a_slip_of_the_hand_is_refused(name):
+    slip = BACKWARD[name]
+    case = (CASES | SLOW_CASES)[slip.case]
+    outcome = slip.run("backward_cases:accuracy", case)
+    assert how_refused(outcome, wrong, case) in slip.refusals, outcome.log
 
 
 def shapes(*, tokens=256, slots=256, head_dim=128, dtype="bfloat16"):

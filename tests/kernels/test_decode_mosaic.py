@@ -3,7 +3,10 @@
 import jax
 import jax.numpy as jnp
 import pytest
-from faults import PRODUCT_WAIT, expected
+from decode_cases import wrong
+from edges import EDGES
+from faults import PRODUCT_WAIT, expected, how_refused
+from slips import DECODE, DECODE_SM90, DECODE_SM100
 
 from pallas_kernels import decode_sm100
 from pallas_kernels.proof.interpret import run_case
@@ -16,10 +19,22 @@ CASES = {
     "tree": {"num_rows": 16, "lengths": [250], "num_slots": 256, "with_bits": True},
     "pages": {
         "num_rows": 16,
-        "lengths": [250],
+        "lengths": [250, 129],
         "page_slots": 64,
         "num_slots": 256,
+        "kv_heads": 2,
         "spoil": True,
+    },
+    # One row is so quiet that its maximum, once found, often stays.
+    "edges": {
+        "num_rows": 1,
+        "lengths": [*EDGES, 511, 511],
+        "factor": [1.0] * (1 + len(EDGES)) + [0.01],
+        "split_blocks": 4,
+        "spread": 1,
+        "scale": 0.3,
+        "spoil": True,
+        "head_dim": 64,
     },
 }
 SLOW_CASES = {
@@ -85,7 +100,14 @@ RAGGED_FAULTS = [  # who zeroes values that nobody has written: the kernel, its 
 QUICK_FAULTS = [("sm_100", "barrier weights_ready"), ("sm_90", "barrier values_free")]
 
 
-QUICK = [("sm_90", "one split"), ("sm_100", "ragged"), ("sm_100", "tree"), ("sm_90", "pages")]
+QUICK = [
+    ("sm_100", "ragged"),
+    ("sm_100", "tree"),
+    ("sm_100", "edges"),
+    ("sm_90", "edges"),
+    ("sm_90", "one split"),
+    ("sm_90", "pages"),
+]
 
 
 @pytest.mark.parametrize(
@@ -101,11 +123,7 @@ def test_values_and_races(kernel, case):
     outcome = run_case("decode_cases:rows_and_limits", chip=kernel, kernel=kernel, **options)
     assert outcome.error is None, outcome.log
     assert not outcome.races
-    figures = outcome.figures
-    assert figures["relative_rms"] < 3e-3
-    assert figures["lse"] < 2e-4
-    assert figures["blind_right"]
-    assert (figures["blind"] > 0) == (0 in options.get("lengths", []))
+    assert wrong(outcome.figures, options) == [], outcome.figures
 
 
 @pytest.mark.parametrize("tiles", [1, pytest.param(2, marks=pytest.mark.slow)])
@@ -130,6 +148,23 @@ def test_a_missing_synchronisation_of_zeros_is_detected(kernel, fault, tiles):
         "decode_cases:faulty", chip=kernel, timeout=90.0, kernel=kernel, fault=fault, **arguments
     )
     assert outcome.detection in expected(fault), outcome.log
+
+
+SLIPS = [
+    *(("sm_100", name, slip) for name, slip in (DECODE | DECODE_SM100).items()),
+    *(("sm_90", name, slip) for name, slip in (DECODE | DECODE_SM90).items()),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kernel", "slip"),
+    [pytest.param(kernel, slip, id=f"{kernel}-{name}") for kernel, name, slip in SLIPS],
+)
+def test_a_slip_of_the_hand_is_refused(kernel, slip):
+    case = (CASES | SLOW_CASES)[slip.case]
+    outcome = slip.run("decode_cases:rows_and_limits", case | {"kernel": kernel}, chip=kernel)
+    assert how_refused(outcome, wrong, case) in slip.refusals, outcome.log
 
 
 def shapes(head_dim=128, dtype=jnp.bfloat16, num_slots=1024, value_dtype=None):
