@@ -92,9 +92,7 @@ def _seconds_a_call(shape: Shape, *, with_parts: bool) -> tuple[float, str]:
     times = []
     for _ in range(_REPEATS):
         started = time.perf_counter()
-        for _ in range(_RUNS):
-            result = run()
-        jax.block_until_ready(result)
+        jax.block_until_ready([run() for _ in range(_RUNS)][-1])
         times.append((time.perf_counter() - started) / _RUNS / calls)
     return statistics.median(times), describe(kernels_of(run), calls) if with_parts else ""
 

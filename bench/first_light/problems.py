@@ -62,7 +62,7 @@ def _problem(op: str, rng: np.random.Generator, index: int, *, tiny: bool) -> Pr
     slots = int(np.exp(rng.uniform(np.log(128), np.log(most_slots))))
     if prompt:
         # Near whole blocks more often than not, and now and then anything.
-        slots = int(slots // 128 * 128 + rng.choice([-1, 0, 1, rng.integers(0, 128)]))
+        slots = slots // 128 * 128 + int(rng.choice([-1, 0, 1, int(rng.integers(0, 128))]))
         slots = max(slots, 1)
     else:
         slots = max(KV_BLOCK, slots // KV_BLOCK * KV_BLOCK)
@@ -136,7 +136,7 @@ def solve(problem: Problem, low: np.dtype) -> Solved:
     elif problem.op == "decode_attention":
         arguments, out = (query[:, 0], keys, values, *indices), out[:, 0]
     elif own is not None:
-        arguments = query, keys, values, *indices, own[0], own[1], np.int32(own[2])
+        arguments = query, keys, values, *indices, own[0], own[1], np.array(own[2], np.int32)
     else:
         arguments = query, keys, values, *indices
     return Solved(arguments=arguments, page_table=table, out=out, lse=lse)

@@ -197,7 +197,14 @@ SPLITS = "pallas_kernels.decode_splits"
 BLACKWELL, HOPPER = "pallas_kernels.decode_sm100", "pallas_kernels.decode_sm90"
 DECODE = {
     "a block of one key is forgotten": Slip(
-        SPLITS, [("pl.cdiv(num_visible, BLOCK_KV)", "pl.cdiv(num_visible - 1, BLOCK_KV)")], "edges"
+        SPLITS,
+        [
+            (
+                "lax.div(visible + BLOCK_KV - 1, BLOCK_KV)",
+                "lax.div(visible + BLOCK_KV - 2, BLOCK_KV)",
+            )
+        ],
+        "edges",
     ),
     "all see a block one slot too early": Slip(
         SPLITS,
@@ -205,9 +212,9 @@ DECODE = {
         "edges",
     ),
     "masks of the first row": Slip(
-        SPLITS, [("masks_gmem.at[place.row, :", "masks_gmem.at[0, :")], "edges"
+        SPLITS, [("numbers_gmem.at[place.row, masks", "numbers_gmem.at[0, masks")], "edges"
     ),
-    "pages of the first row": Slip(SPLITS, [("refs[5][place.row,", "refs[5][0,")], "pages"),
+    "pages of the first row": Slip(SPLITS, [("refs[4][place.row,", "refs[4][0,")], "pages"),
     "pages of the first head": Slip(
         SPLITS, [("source.at[page, place.head,", "source.at[page, 0,")], "pages"
     ),
