@@ -18,6 +18,7 @@ OPS = (
     "ancestor_attention",
     "tree_attention",
 )
+_HERE = "bench.first_light"
 SHAPES = 20  # random shapes of each kernel
 _CHUNK = 6  # of which one process runs so many: a hang costs the others nothing
 
@@ -29,7 +30,7 @@ class Case:
     Attributes:
         stage: one of `STAGES`.
         name: unique within the stage.
-        function: "module:function" in this package. It takes `tell`, which is handed one row of the
+        function: "package.module:function". It takes `tell`, which is handed one row of the
             result at a time, `dry_run`, and the options.
         options: what JSON can carry.
         limit_s: after so many seconds the process is killed.
@@ -62,13 +63,13 @@ def all_cases(*, dry_run: bool) -> list[Case]:
 
 def _values(dry_run: bool) -> list[Case]:
     shapes = 2 if dry_run else SHAPES
-    found = [Case(stage="values", name="machine", function="machine:describe", limit_s=60)]
+    found = [Case(stage="values", name="machine", function=f"{_HERE}.machine:describe", limit_s=60)]
 
     def chunk(op: str, first: int, last: int) -> Case:
         return Case(
             stage="values",
             name=f"{op} {first}-{last - 1}",
-            function="kernel_values:check",
+            function=f"{_HERE}.kernel_values:check",
             options={"op": op, "first": first, "last": last, "shapes": shapes},
             limit_s=170,
             interpreted=True,
@@ -83,25 +84,34 @@ def _values(dry_run: bool) -> list[Case]:
             Case(
                 stage="values",
                 name=f"{op} repeated",
-                function="kernel_values:repeat",
+                function=f"{_HERE}.kernel_values:repeat",
                 options={"op": op, "times": 1000},
             )
             for op in OPS
         ]
         found.append(
-            Case(stage="values", name="NaN", function="kernel_values:not_a_number", limit_s=150)
+            Case(
+                stage="values",
+                name="NaN",
+                function=f"{_HERE}.kernel_values:not_a_number",
+                limit_s=150,
+            )
         )
     return found
 
 
 def _engine() -> list[Case]:
     return [
-        Case(stage="engine", name="tokens, float32", function="engine:tokens", limit_s=240),
-        Case(stage="engine", name="tokens, bfloat16", function="engine:exact", limit_s=240),
+        Case(
+            stage="engine", name="tokens, float32", function=f"{_HERE}.engine:tokens", limit_s=240
+        ),
+        Case(
+            stage="engine", name="tokens, bfloat16", function=f"{_HERE}.engine:exact", limit_s=240
+        ),
         Case(
             stage="engine",
             name="SSD with the draft on the CPU",
-            function="engine:split",
+            function=f"{_HERE}.engine:split",
             limit_s=240,
         ),
     ]
@@ -112,7 +122,7 @@ def _kernel_speed(dry_run: bool) -> list[Case]:
         return Case(
             stage="kernel-speed",
             name=name,
-            function=f"kernel_times:{function}",
+            function=f"{_HERE}.kernel_times:{function}",
             options=options,
             limit_s=limit_s,
             alone=True,
@@ -140,7 +150,7 @@ def _decode_speed(dry_run: bool) -> list[Case]:
         Case(
             stage="decode-speed",
             name=f"Llama {size}",
-            function="decoding:passes",
+            function=f"{_HERE}.decoding:passes",
             options={"size": size, "widths": [1, 4] if dry_run else [1, 4, 8, 16, 64, 2]},
             limit_s=300,
             alone=True,
@@ -155,7 +165,7 @@ def _ssd_speed(dry_run: bool) -> list[Case]:
         Case(
             stage="ssd-speed",
             name=f"draft {draft}",
-            function="ssd_rounds:compare",
+            function=f"{_HERE}.ssd_rounds:compare",
             options={
                 "size": "tiny" if dry_run else "8B",
                 "draft_size": draft,
@@ -171,17 +181,23 @@ def _ssd_speed(dry_run: bool) -> list[Case]:
 def _extras(dry_run: bool) -> list[Case]:
     found = [
         Case(
-            stage="extras", name="dispatches", function="dispatches:measure", limit_s=60, alone=True
+            stage="extras",
+            name="dispatches",
+            function=f"{_HERE}.dispatches:measure",
+            limit_s=60,
+            alone=True,
         )
     ]
     if dry_run:
         return found
-    found.append(Case(stage="extras", name="Triton", function="kernel_values:triton", limit_s=120))
+    found.append(
+        Case(stage="extras", name="Triton", function=f"{_HERE}.kernel_values:triton", limit_s=120)
+    )
     found += [
         Case(
             stage="extras",
             name=f"{op} under {tool}",
-            function="kernel_values:check",
+            function=f"{_HERE}.kernel_values:check",
             options={"op": op, "first": 0, "last": 1, "shapes": SHAPES},
             limit_s=120,
             sanitizer=tool,

@@ -13,7 +13,7 @@ from typing import Any
 def main() -> None:
     """Run one case: function, options as JSON, file for the rows."""
     parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("function", help="module:function in bench.first_light")
+    parser.add_argument("function", help="package.module:function")
     parser.add_argument("options", help="keyword options, as JSON")
     parser.add_argument("rows", type=Path, help="file to which rows are appended, a line each")
     parser.add_argument("--dry-run", action="store_true")
@@ -30,7 +30,7 @@ def main() -> None:
         code = 0
         try:
             module, _, name = given.function.partition(":")
-            function = getattr(importlib.import_module(f"bench.first_light.{module}"), name)
+            function = getattr(importlib.import_module(module), name)
             function(tell=tell, dry_run=given.dry_run, **json.loads(given.options))
         except Exception:
             traceback.print_exc()

@@ -12,7 +12,7 @@ KV_BLOCK = 128
 # Around the blocks of keys, where a count or a mask is easily one off.
 EDGES = (1, 2, 63, 64, 65, 126, 127, 128, 129, 254, 255, 256, 257)
 TREE_NODES = 64
-HIDDEN_VALUE = 1e4  # in values that nobody sees; keys that nobody sees are NaN
+HIDDEN_VALUE = 1e4  # in values that nobody sees, where they must be finite
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,6 +121,10 @@ def solve(problem: Problem, low: np.dtype) -> Solved:
     clean_keys, clean_values = np.where(hidden, 0.0, keys), np.where(hidden, 0.0, values)
     keys = np.where(hidden, np.nan, keys)
     values = np.where(hidden, HIDDEN_VALUE, values)
+    if problem.op != "attention":
+        # What lies behind all that is seen has not been written: anything may be there.
+        unwritten = ~np.logical_or.accumulate(seen.any(axis=1)[:, ::-1], axis=1)[:, ::-1]
+        values = np.where(unwritten[:, None, :, None], np.nan, values)
     own = None
     if problem.op == "tree_attention":
         steps = int(rng.integers(1, 9))
@@ -233,10 +237,10 @@ def _paged(
     per_row, spare = slots // page_slots, 3
     order = rng.permutation(batch * per_row + spare)[: batch * per_row]
 
-    def pool(x: np.ndarray, nobody: float) -> np.ndarray:
+    def pool(x: np.ndarray) -> np.ndarray:
         pages = x.reshape(batch, kv_heads, per_row, page_slots, head_dim).swapaxes(1, 2)
-        filled = np.full((batch * per_row + spare, *pages.shape[2:]), nobody)
+        filled = np.full((batch * per_row + spare, *pages.shape[2:]), np.nan)
         filled[order] = pages.reshape(-1, *pages.shape[2:])
         return filled
 
-    return pool(keys, np.nan), pool(values, HIDDEN_VALUE), order.reshape(batch, -1).astype(np.int32)
+    return pool(keys), pool(values), order.reshape(batch, -1).astype(np.int32)

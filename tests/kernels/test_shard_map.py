@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 import pallas_kernels
 from pallas_kernels.manual_axes import per_device
-from pallas_kernels.proof.ahead_of_time import interpreter, missing
+from pallas_kernels.proof.ahead_of_time import interpreters, missing
 
 B, T, N, K, S, H, J = 2, 3, 8, 4, 256, 64, 2
 HEADS = P(None, None, "x")
@@ -133,7 +133,7 @@ def test_two_gpus_run_the_kernels_on_their_own_heads(gpu, chip):
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": os.pathsep.join(path for path in sys.path if "site-packages" not in path),
     }
-    command = [interpreter(), "-m", "sharded_programs", gpu, *PROGRAMS]
+    command = [interpreters()[0], "-m", "sharded_programs", gpu, *PROGRAMS]
     ran = subprocess.run(
         command, env=environment, capture_output=True, text=True, timeout=600, check=False
     )
