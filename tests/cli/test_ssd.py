@@ -39,6 +39,14 @@ def test_statistics_say_what_was_found(generate, ssd):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("rate", [0, 1])
+def test_synthetic_hits_come_as_asked(ssd, rate):
+    options = ("--synthetic-acceptance", "0.5", "--synthetic-hit-rate", str(rate))
+    lookups = json.loads(ssd("--json", *options).out)["speculation"]["lookups"]
+    assert sum(lookups["hits"]) == rate * sum(lookups["lookups"])
+    assert sum(lookups["lookups"]) > 0
+
+
 def test_fan_out_fallback_and_device_do_not_change_the_text(generate, ssd):
     plain = generate(REPEATING).out
     for options in (
@@ -64,6 +72,7 @@ def test_fan_out_fallback_and_device_do_not_change_the_text(generate, ssd):
         (("--method", "ssd", "--exact"), "has passes of one width anyway: leave out --exact."),
         (("--method", "ssd", "-k", "auto"), "takes a number: leave out --draft-len auto."),
         (("--method", "ssd", "--fallback", "random"), "--fallback"),
+        (("--synthetic-hit-rate", "0.5"), "guesses no outcomes: leave out --synthetic-hit-rate."),
         (("--method", "ssd", "--fan-out", "2,many"), "--fan-out"),
     ],
 )
