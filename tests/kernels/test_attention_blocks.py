@@ -80,5 +80,5 @@ def test_short_prompts_are_left_to_the_reference():
     query = jax.ShapeDtypeStruct((1, 64, 4, 8), "float32")
     key = jax.ShapeDtypeStruct((1, 64, 2, 8), "float32")
     assert attention_blocks.unsupported(query, key) == (
-        "is for more than 67108864 scores; the reference takes 16384 at once"
+        "is for more than 67108864 scores, which the reference holds at once, got 16384"
     )
