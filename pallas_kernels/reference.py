@@ -3,10 +3,11 @@
 Everything inside is float32 whatever the dtypes outside, and outputs have the dtype of the values.
 A query that sees no key at all gets zeros, and minus infinity as its LSE.
 
-What slots that nobody sees may hold: keys anything, NaN included. Values of a cache (decode,
-verify, ancestor, tree) anything too, from the slot after the last that a query of that row sees on:
-nothing is written there yet, or a page that nobody cleared. Other values must be finite, since
-their weight is 0. (For gradients, slots past a row's length may hold anything.)
+What slots that nobody sees may hold: keys anything, NaN included. Values in pages (decode, verify,
+ancestor, tree) anything too, from the slot after the last that a query of that row sees on: nothing
+is written there yet, or a page that nobody cleared. Other values must be finite, since their weight
+is 0: clearing those of a dense cache here would cost a pass over all of it. (For gradients, slots
+past a row's length may hold anything.)
 
 NaN in a key or value reaches every query that sees it; a NaN in a value may also reach, in its
 column, queries of the same kv head that do not see it, since 0 times NaN is NaN. Which of those it
@@ -102,7 +103,9 @@ def decode_attention(
     keys, values = (in_slot_order(x, page_table) for x in (keys, values))
     slots = jnp.arange(keys.shape[2], dtype=lengths.dtype)
     visible = slots < lengths[:, None, None]
-    out, _ = _attend(query[:, None], keys, _zero_unseen(values, visible), visible, scale)
+    out, _ = _attend(
+        query[:, None], keys, _zero_unseen(values, visible, page_table), visible, scale
+    )
     return _zero_where_blind(out, lengths[:, None] > 0)[:, 0]
 
 
@@ -119,7 +122,7 @@ def verify_attention(
     keys, values = (in_slot_order(x, page_table) for x in (keys, values))
     last_visible = start[:, None] + jnp.arange(query.shape[1], dtype=start.dtype)
     visible = jnp.arange(keys.shape[2], dtype=start.dtype) <= last_visible[:, :, None]
-    return _attend(query, keys, _zero_unseen(values, visible), visible, scale)[0]
+    return _attend(query, keys, _zero_unseen(values, visible, page_table), visible, scale)[0]
 
 
 def ancestor_attention(
@@ -140,7 +143,7 @@ def ancestor_attention(
     bits = jnp.where(node < 32, low, high) >> (node % 32).astype(jnp.uint32)
     is_ancestor = (node >= 0) & (node < 64) & (bits % 2 == 1)
     visible = (node < 0) | is_ancestor
-    out, _ = _attend(query, keys, _zero_unseen(values, visible), visible, scale)
+    out, _ = _attend(query, keys, _zero_unseen(values, visible, page_table), visible, scale)
     return _zero_where_blind(out, jnp.any(visible, axis=-1))
 
 
@@ -168,7 +171,7 @@ def tree_attention(
     scores = scores.reshape(batch, num_kv_heads, group, num_branches, num_slots)
     seen = jnp.arange(num_slots, dtype=trunk_lengths.dtype) < trunk_lengths[:, :, None]
     scores = jnp.where(seen[:, None, None], scores, -jnp.inf)
-    trunk_values = _zero_unseen(trunk_values, seen)
+    trunk_values = _zero_unseen(trunk_values, seen, page_table)
     # A branch's own keys are few: products and sums beat a batch of tiny matrix products.
     own_keys = branch_keys.astype(jnp.float32).swapaxes(2, 3)[:, :, None]  # [B K 1 R J H]
     own_values = branch_values.astype(jnp.float32).swapaxes(2, 3)[:, :, None]
@@ -233,9 +236,13 @@ def _attend(
 
 
 def _zero_unseen(
-    values: Float[Array, "B K S H"], visible: Bool[Array, "B T S"]
+    values: Float[Array, "B K S H"],
+    visible: Bool[Array, "B T S"],
+    page_table: Int[Array, "B P"] | None,
 ) -> Float[Array, "B K S H"]:
-    """Values with zeros in the slots that no query of their row sees."""
+    """Values that came from pages, with zeros in the slots that no query of their row sees."""
+    if page_table is None:
+        return values
     seen = jnp.any(visible, axis=1)[:, None, :, None]
     return jnp.where(seen, values, jnp.zeros((), values.dtype))
 

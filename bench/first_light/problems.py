@@ -121,8 +121,8 @@ def solve(problem: Problem, low: np.dtype) -> Solved:
     clean_keys, clean_values = np.where(hidden, 0.0, keys), np.where(hidden, 0.0, values)
     keys = np.where(hidden, np.nan, keys)
     values = np.where(hidden, HIDDEN_VALUE, values)
-    if problem.op != "attention":
-        # What lies behind all that is seen has not been written: anything may be there.
+    if problem.page_slots:
+        # What lies behind all that is seen has not been written: anything may be in those pages.
         unwritten = ~np.logical_or.accumulate(seen.any(axis=1)[:, ::-1], axis=1)[:, ::-1]
         values = np.where(unwritten[:, None, :, None], np.nan, values)
     own = None

@@ -328,7 +328,7 @@ def test_a_gpu_with_a_jax_that_ignores_register_budgets_is_told_to_take_another(
         return {
             one.name: one.unsupported_chip(HOPPER)
             for one in registry.IMPLEMENTATIONS["attention"]
-            if "sm100" not in one.name
+            if "sm100" not in one.name and one.name != "xla_blocks"
         }
 
     assert answers("0.11.2") == {"mosaic_sm90": None, "xla": None}
