@@ -154,7 +154,8 @@ def exp_loops(loops: Sequence[Counts], bodies: int, *, masked: bool = False) -> 
     If `masked`, the longest of the others: those of key blocks that are seen in part.
     """
     most = max((loop[EXP] for loop in loops), default=0)
-    whole = [loop for loop in loops if most and 2 * loop[EXP] > most]
+    # A masked loop may hold the code for two score buffers, of which a step takes one.
+    whole = [loop for loop in loops if most and 2 * loop[EXP] >= most]
     whole.sort(key=lambda loop: loop.total)
     return whole[bodies:][-bodies:] if masked else whole[:bodies]
 

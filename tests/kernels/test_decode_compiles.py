@@ -29,6 +29,7 @@ def assert_registers_suffice(kernel, spilled):
     assert not kernel.register_budgets_ignored
     assert not kernel.products_serialized
     assert kernel.spill_store_bytes + kernel.spill_load_bytes <= spilled
+    assert not any(loop["LDL"] or loop["STL"] for loop in kernel.hot_loops)
     assert kernel.registers_asked <= kernel.registers * kernel.warpgroups
 
 
@@ -50,8 +51,8 @@ def test_compiles_for_b200(python, case):
     # A product takes 16 of what is summed over: head dims for the scores, keys for the sums. Scores
     # come before the loop and in it; one tile has code for each of its two score buffers.
     buffers = 2 if tiles == 1 else 1
-    # Warps vote on rescaling, in the loop with masks and the one without.
-    assert len(kernel.vote_branches) == tiles * 2
+    # Warps vote on rescaling, in each of these loops.
+    assert len(kernel.vote_branches) == tiles * loops
     assert all(branch["BAR"] == 0 for branch in kernel.vote_branches)
     scores, sums = head_dim // 16, 128 // 16
     assert counts["UTCHMMA"] == tiles * (scores + buffers * (scores + sums))
@@ -78,7 +79,7 @@ def test_compiles_for_h200(python, case):
         "decode_cases:program", TARGETS["h200"], python=python, kernel="sm_90", **options
     )
     assert kernel.name.startswith("attention_decode_sm90")
-    assert_registers_suffice(kernel, spilled=16)
+    assert_registers_suffice(kernel, spilled=24)  # before the loops
     assert kernel.shared_bytes <= 227 * 1024
     head_dim = options.get("head_dim", 128)
     tiles = 2 if options.get("tokens", 1) * 4 > 64 else 1
