@@ -1,8 +1,8 @@
 """Model configurations, read from a checkpoint's `config.json`.
 
 `ModelConfig` is frozen and hashable, so it is a static argument of every jitted program. A field of
-`config.json` is either understood, or known not to touch the maths of inference, or refused by
-name.
+`config.json` is either understood, or has a value that does not touch the maths of inference, or is
+refused by name (`config_fields.py`).
 """
 
 import dataclasses
@@ -10,29 +10,11 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from ssd_jax.errors import ConfigError
+from ssd_jax.config_fields import FieldReader, refuse_quantised
+from ssd_jax.errors import ConfigError, shown
 
 Family = Literal["llama", "qwen2", "qwen3"]
 FAMILIES: tuple[Family, ...] = ("llama", "qwen2", "qwen3")
-
-# Fields that say how a model was trained, stored or is sampled from, not what it computes.
-# fmt: off
-_IRRELEVANT_FIELDS = frozenset(
-    [
-        "_attn_implementation_autoset", "_name_or_path", "architectures",
-        "attention_dropout", "auto_map", "bos_token_id", "chunk_size_feed_forward",
-        "cross_attention_hidden_size", "do_sample", "dtype", "eos_token_id",
-        "finetuning_task", "hidden_dropout", "id2label", "initializer_range", "is_decoder",
-        "is_encoder_decoder", "keys_to_ignore_at_inference", "label2id", "max_length",
-        "max_window_layers", "min_length", "model_type", "num_beams", "output_attentions",
-        "output_hidden_states", "pad_token_id", "prefix", "pretraining_tp", "problem_type",
-        "return_dict", "rms_norm_eps", "sep_token_id", "task_specific_params",
-        "temperature", "tie_encoder_decoder", "tokenizer_class", "top_k", "top_p",
-        "torch_dtype", "torchscript", "transformers_version", "typical_p", "unsloth_fixed",
-        "unsloth_version", "use_bfloat16", "use_cache",
-    ]
-)
-# fmt: on
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,14 +112,14 @@ def model_config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
         size,
             or a field this loader does not know (it might change the maths), always named.
     """
-    fields = {name: value for name, value in raw.items() if value is not None}
-    family = fields.get("model_type")
-    if family not in FAMILIES:
+    family: Family | None = next((name for name in FAMILIES if raw.get("model_type") == name), None)
+    if family is None:
         raise ConfigError(
-            f"Unsupported model_type {family!r}: supported are {', '.join(FAMILIES)} "
-            "(Llama 3.x, Qwen2/2.5, dense Qwen3)."
+            f"Unsupported model_type {shown(raw.get('model_type'))} in config.json: supported are "
+            f"{', '.join(FAMILIES)} (Llama 3.x, Qwen2/2.5, dense Qwen3)."
         )
-    reader = _FieldReader(fields)
+    refuse_quantised(raw)
+    reader = FieldReader(raw)
     num_heads = reader.take("num_attention_heads", int)
     hidden_size = reader.take("hidden_size", int)
     rope_theta, rope_scaling = _read_rope(reader)
@@ -158,35 +140,49 @@ def model_config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
         rope_scaling=rope_scaling,
         # Qwen2 always has biases on q, k and v; the other two say so themselves.
         qkv_bias=reader.take("attention_bias", bool, False) or family == "qwen2",
-        output_bias=family != "qwen2" and bool(fields.get("attention_bias", False)),
+        output_bias=family != "qwen2" and reader.take("attention_bias", bool, False),
         mlp_bias=reader.take("mlp_bias", bool, False),
         qk_norm=family == "qwen3",
         tied_embeddings=reader.take("tie_word_embeddings", bool, False),
     )
-    reader.require("hidden_act", "silu")
-    reader.require("use_sliding_window", False)
-    reader.require("partial_rotary_factor", 1.0)
-    reader.take("sliding_window", int, 0)  # without use_sliding_window it has no effect
-    layer_types = reader.take("layer_types", list, [])
-    if any(kind != "full_attention" for kind in layer_types):
-        raise ConfigError(
-            f"Unsupported layer_types {sorted(set(layer_types))}: only full_attention layers are "
-            "implemented."
-        )
-    reader.refuse_unread()
+    _refuse_windows(reader, config)
+    reader.refuse_the_rest()
     return config
 
 
-def _read_rope(reader: "_FieldReader") -> tuple[float, RopeScaling | None]:
+def _refuse_windows(reader: FieldReader, config: ModelConfig) -> None:
+    """Raise if a layer attends through a window that is narrower than the context.
+
+    As in transformers: `layer_types` decides where it is given, else the layers from
+    `max_window_layers` on have the window, if `use_sliding_window` switches it on.
+    """
+    window = reader.take("sliding_window", int, config.max_context)
+    first = reader.take("max_window_layers", int, 0 if config.family == "llama" else 28)
+    is_on = reader.take("use_sliding_window", bool, False)
+    kinds = reader.take("layer_types", list, [])
+    for kind in kinds:
+        if kind != "full_attention":
+            raise ConfigError(
+                f"Unsupported {shown(kind)} in layer_types of config.json: only 'full_attention' "
+                "is implemented; run this checkpoint with transformers."
+            )
+    if is_on and not kinds and window < config.max_context and first < config.num_layers:
+        raise ConfigError(
+            f"Unsupported use_sliding_window = True in config.json, with sliding_window {window} "
+            f"from layer {first} on: only full attention is implemented; run this checkpoint with "
+            "transformers."
+        )
+
+
+def _read_rope(reader: FieldReader) -> tuple[float, RopeScaling | None]:
     """RoPE's base and scaling, from `rope_parameters` or from `rope_theta` and `rope_scaling`."""
     old_theta = reader.take("rope_theta", float, 10_000.0)
     parameters = dict(reader.take("rope_parameters", dict, {}))
     parameters = parameters or dict(reader.take("rope_scaling", dict, {}))
-    rope = _FieldReader({name: value for name, value in parameters.items() if value is not None})
+    rope = FieldReader(parameters, "the RoPE parameters of config.json")
     theta = rope.take("rope_theta", float, old_theta)
     legacy_kind = rope.take("type", str, "default")
     kind = rope.take("rope_type", str, legacy_kind)
-    rope.require("partial_rotary_factor", 1.0)
     if kind == "default":
         scaling = None
     elif kind == "linear":
@@ -201,45 +197,8 @@ def _read_rope(reader: "_FieldReader") -> tuple[float, RopeScaling | None]:
         )
     else:
         raise ConfigError(
-            f"Unsupported RoPE type {kind!r}: supported are default, linear and llama3. If the "
-            "checkpoint's config.json only offers it for long contexts, remove rope_scaling."
+            f"Unsupported RoPE type {shown(kind)} in config.json: supported are default, linear "
+            "and llama3. If it is only offered for long contexts, remove rope_scaling."
         )
-    rope.refuse_unread(prefix="rope parameter ")
+    rope.refuse_the_rest(never_maths=frozenset())
     return theta, scaling
-
-
-class _FieldReader:
-    """Reads fields one by one with their types and knows which were never read."""
-
-    def __init__(self, fields: Mapping[str, Any]) -> None:
-        self._fields = fields
-        self._unread = set(fields) - _IRRELEVANT_FIELDS
-
-    def take[T](self, name: str, kind: type[T], default: T | None = None) -> T:
-        self._unread.discard(name)
-        value = self._fields.get(name, default)
-        if value is None:
-            raise ConfigError(f"config.json lacks the field {name!r}, which the model needs.")
-        if kind is float and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value)
-        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-            raise ConfigError(
-                f"Field {name!r} of config.json must be of type {kind.__name__}, got {value!r}."
-            )
-        return value  # pyright: ignore[reportReturnType]
-
-    def require(self, name: str, expected: object) -> None:
-        self._unread.discard(name)
-        value = self._fields.get(name, expected)
-        if value != expected:
-            raise ConfigError(
-                f"Unsupported {name} = {value!r} in config.json: only {expected!r} is implemented."
-            )
-
-    def refuse_unread(self, prefix: str = "field ") -> None:
-        if self._unread:
-            names = ", ".join(f"{n} = {self._fields[n]!r}" for n in sorted(self._unread))
-            raise ConfigError(
-                f"config.json has {prefix}{names}, which this loader does not know and which may "
-                "change what the model computes; remove it if you are sure that it does not."
-            )
