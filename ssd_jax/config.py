@@ -122,7 +122,8 @@ def model_config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
     reader = FieldReader(raw)
     num_heads = reader.take("num_attention_heads", int)
     hidden_size = reader.take("hidden_size", int)
-    rope_theta, rope_scaling = _read_rope(reader)
+    max_context = reader.take("max_position_embeddings", int)
+    rope_theta, rope_scaling = _read_rope(reader, max_context)
     config = ModelConfig(
         family=family,
         vocab_size=reader.take("vocab_size", int),
@@ -134,7 +135,7 @@ def model_config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
         head_dim=reader.take(
             "head_dim", int, 128 if family == "qwen3" else max(1, hidden_size // max(1, num_heads))
         ),
-        max_context=reader.take("max_position_embeddings", int),
+        max_context=max_context,
         rms_norm_eps=reader.take("rms_norm_eps", float, 1e-6),
         rope_theta=rope_theta,
         rope_scaling=rope_scaling,
@@ -174,15 +175,26 @@ def _refuse_windows(reader: FieldReader, config: ModelConfig) -> None:
         )
 
 
-def _read_rope(reader: FieldReader) -> tuple[float, RopeScaling | None]:
-    """RoPE's base and scaling, from `rope_parameters` or from `rope_theta` and `rope_scaling`."""
-    old_theta = reader.take("rope_theta", float, 10_000.0)
-    parameters = dict(reader.take("rope_parameters", dict, {}))
-    parameters = parameters or dict(reader.take("rope_scaling", dict, {}))
-    rope = FieldReader(parameters, "the RoPE parameters of config.json")
-    theta = rope.take("rope_theta", float, old_theta)
-    legacy_kind = rope.take("type", str, "default")
-    kind = rope.take("rope_type", str, legacy_kind)
+def _read_rope(reader: FieldReader, max_context: int) -> tuple[float, RopeScaling | None]:
+    """RoPE's base and scaling.
+
+    transformers 4 writes `rope_theta` and `rope_scaling`, 5 writes both into `rope_parameters`;
+    some files have both spellings, which must then agree.
+    """
+    old = _rope_fields(reader, "rope_scaling")
+    new = _rope_fields(reader, "rope_parameters")
+    kinds = {"rope_type": "default"}
+    for name in sorted((old.keys() & new.keys()) | kinds.keys()) if old and new else ():
+        one, other = old.get(name, kinds.get(name)), new.get(name, kinds.get(name))
+        if one != other:
+            raise ConfigError(
+                f"rope_scaling and rope_parameters of config.json should agree, but {name[:60]} is "
+                f"{shown(one)} in one and {shown(other)} in the other; remove the wrong one."
+            )
+    rope = FieldReader(new | old, "the RoPE parameters of config.json")
+    theta = _agreeing(reader, rope, "rope_theta", float, 10_000.0)
+    kind = rope.take("rope_type", str, "default")
+    pretrained = _agreeing(reader, rope, "original_max_position_embeddings", int, max_context)
     if kind == "default":
         scaling = None
     elif kind == "linear":
@@ -193,7 +205,7 @@ def _read_rope(reader: FieldReader) -> tuple[float, RopeScaling | None]:
             factor=rope.take("factor", float),
             low_freq_factor=rope.take("low_freq_factor", float),
             high_freq_factor=rope.take("high_freq_factor", float),
-            original_max_context=rope.take("original_max_position_embeddings", int),
+            original_max_context=pretrained,
         )
     else:
         raise ConfigError(
@@ -202,3 +214,27 @@ def _read_rope(reader: FieldReader) -> tuple[float, RopeScaling | None]:
         )
     rope.refuse_the_rest(never_maths=frozenset())
     return theta, scaling
+
+
+def _rope_fields(reader: FieldReader, name: str) -> dict[str, Any]:
+    """The fields under one spelling; the kind of scaling goes by `type` in older files."""
+    given = reader.take(name, dict, {})
+    fields = {key: value for key, value in given.items() if value is not None}
+    legacy_kind = fields.pop("type", None)
+    if legacy_kind is not None and fields.setdefault("rope_type", legacy_kind) != legacy_kind:
+        raise ConfigError(
+            f"rope_type and type in {name} of config.json should agree, got "
+            f"{shown(fields['rope_type'])} and {shown(legacy_kind)}; remove the wrong one."
+        )
+    return fields
+
+
+def _agreeing[T](reader: FieldReader, rope: FieldReader, name: str, kind: type[T], default: T) -> T:
+    """A field that may stand among the RoPE parameters, beside them, or with one value in both."""
+    inside, outside = rope.take(name, kind, default), reader.take(name, kind, default)
+    if name in rope and name in reader and inside != outside:
+        raise ConfigError(
+            f"{name} of config.json and {name} among its RoPE parameters should agree, got "
+            f"{shown(outside)} and {shown(inside)}; remove the wrong one."
+        )
+    return inside if name in rope else outside
