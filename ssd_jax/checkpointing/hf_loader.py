@@ -20,6 +20,7 @@ from ssd_jax.checkpointing.hf_names import (
     Piece,
     is_ignorable_key,
     leaf_specs,
+    plain_names,
 )
 from ssd_jax.checkpointing.leaves import BFLOAT16, FLOAT32, params_from_leaves, weight_dtype
 from ssd_jax.checkpointing.safetensors_files import (
@@ -32,7 +33,7 @@ from ssd_jax.checkpointing.safetensors_files import (
     read_rows,
 )
 from ssd_jax.config import ModelConfig, model_config_from_hf
-from ssd_jax.errors import CheckpointError
+from ssd_jax.errors import CheckpointError, shown
 from ssd_jax.types import ModelParams
 
 _BLOCK_BYTES = 2**20
@@ -41,7 +42,10 @@ _MAX_LISTED = 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HfCheckpoint:
-    """What the headers of a Hugging Face folder say; no weights are in memory."""
+    """What the headers of a Hugging Face folder say; no weights are in memory.
+
+    `tensors` are under the names of `hf_names`, which those in the files may differ from.
+    """
 
     folder: Path
     raw_config: Mapping[str, Any]
@@ -52,7 +56,7 @@ class HfCheckpoint:
     def stored_dtype(self) -> np.dtype:
         """The dtype that keeps every weight exactly: bfloat16 if all are, float32 otherwise."""
         kinds = {
-            tensor.dtype for tensor in self.tensors.values() if not is_ignorable_key(tensor.key)
+            tensor.dtype for name, tensor in self.tensors.items() if not is_ignorable_key(name)
         }
         return BFLOAT16 if kinds == {"BF16"} else FLOAT32
 
@@ -70,8 +74,21 @@ def open_hf_checkpoint(folder: Path) -> HfCheckpoint:
         folder=folder,
         raw_config=raw_config,
         config=model_config_from_hf(raw_config),
-        tensors=list_tensors(folder),
+        tensors=_by_plain_name(list_tensors(folder)),
     )
+
+
+def _by_plain_name(tensors: Mapping[str, SourceTensor]) -> dict[str, SourceTensor]:
+    """The tensors under the names of our table."""
+    renamed: dict[str, SourceTensor] = {}
+    for key, name in plain_names(tensors).items():
+        if name in renamed:
+            raise CheckpointError(
+                f"Expected every tensor once, got {shown(renamed[name].key)} and {shown(key)}, "
+                f"which both mean {shown(name)}; save the model again, unwrapped."
+            )
+        renamed[name] = tensors[key]
+    return renamed
 
 
 def find_problems(checkpoint: HfCheckpoint) -> dict[str, list[str]]:

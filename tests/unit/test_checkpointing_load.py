@@ -328,3 +328,59 @@ def test_hugging_face_folder_loads_without_importing_orbax():
         "load_checkpoint(Path(sys.argv[1])); sys.exit('orbax' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", program, str(FIXTURES / "llama")], check=True)
+
+
+def renamed(tmp_path, case, rename):
+    """A copy of a one-file fixture with every tensor under another name."""
+    tensors = read_tensors(FIXTURES / case)
+    folder = edited(tmp_path, case, **dict.fromkeys(tensors))
+    contents = {rename(key): value for key, value in tensors.items()}
+    safetensors.numpy.save_file(contents, folder / "model.safetensors")
+    return folder
+
+
+def compiled(key):
+    return key.replace("model.layers.", "_orig_mod.model.layers._orig_mod.")
+
+
+RENAMED = {
+    "compiled": lambda key: "_orig_mod." + key,
+    "compiled by layer": compiled,
+    "data parallel": lambda key: "module." + key,
+    "both": lambda key: "module._orig_mod." + key,
+    "base model": lambda key: key.removeprefix("model."),
+    "compiled base model": lambda key: "_orig_mod." + key.removeprefix("model."),
+}
+
+
+@pytest.mark.parametrize("case", ["llama", "qwen3"])
+@pytest.mark.parametrize("rename", RENAMED.values(), ids=RENAMED)
+def test_names_of_wrapped_and_of_base_models(tmp_path, case, rename):
+    loaded = load_checkpoint(renamed(tmp_path, case, rename))
+    assert_same_leaves(leaves_of(loaded.params), leaves_of(load_checkpoint(FIXTURES / case).params))
+    assert loaded.dtype == load_checkpoint(FIXTURES / case).dtype
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.rotary_emb.inv_freq",
+        "model.rotary_emb.original_inv_freq",
+        "model.layers.0.self_attn.rotary_emb.inv_freq",
+        "model.layers.1.self_attn.rotary_emb.cos_cached",
+        "_orig_mod.model.rotary_emb.inv_freq",
+    ],
+)
+def test_tables_of_rope_are_not_weights(tmp_path, name):
+    folder = edited(tmp_path, **{name: np.ones(4, np.float32)})
+    loaded = load_checkpoint(folder)
+    assert_same_leaves(
+        leaves_of(loaded.params), leaves_of(load_checkpoint(FIXTURES / "llama").params)
+    )
+
+
+def test_two_names_of_one_tensor_are_both_told(tmp_path):
+    name = "_orig_mod.model.norm.weight"
+    folder = edited(tmp_path, **{name: np.ones(32, np.float32)})
+    with pytest.raises(CheckpointError, match=r"_orig_mod\.model\.norm.*both mean 'model\.norm"):
+        load_checkpoint(folder)
