@@ -6,7 +6,6 @@ refused by name (`config_fields.py`).
 """
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -15,6 +14,9 @@ from ssd_jax.errors import ConfigError, shown
 
 Family = Literal["llama", "qwen2", "qwen3"]
 FAMILIES: tuple[Family, ...] = ("llama", "qwen2", "qwen3")
+MAX_SIZE = 2**31 - 1
+MAX_PARAMS = 2**48
+MIN_FLOAT32, MAX_FLOAT32 = 2.0**-126, 2.0**128 * (1 - 2.0**-24)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,12 +34,19 @@ class RopeScaling:
     original_max_context: int = 8192
 
     def __post_init__(self) -> None:
-        if self.factor < 1 or not math.isfinite(self.factor):
-            raise ConfigError(f"RoPE scaling factor must be a number >= 1, got {self.factor}.")
-        if self.kind == "llama3" and not 0 < self.low_freq_factor < self.high_freq_factor:
+        if not 1 <= self.factor <= MAX_FLOAT32:
             raise ConfigError(
-                "llama3 RoPE scaling needs 0 < low_freq_factor < high_freq_factor, got "
+                f"RoPE scaling factor must be a finite number >= 1, got {self.factor}."
+            )
+        if not 0 < self.low_freq_factor < self.high_freq_factor <= MAX_FLOAT32:
+            raise ConfigError(
+                "llama3 RoPE scaling needs 0 < low_freq_factor < high_freq_factor, all finite, got "
                 f"{self.low_freq_factor} and {self.high_freq_factor}."
+            )
+        if not 0 < self.original_max_context <= MAX_SIZE:
+            raise ConfigError(
+                "original_max_position_embeddings must be a positive whole number below 2**31, got "
+                f"{shown(self.original_max_context)}."
             )
 
 
@@ -71,8 +80,15 @@ class ModelConfig:
         sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_layers")
         for name in (*sizes, "num_heads", "num_kv_heads", "head_dim", "max_context"):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ConfigError(f"{name} must be a positive whole number, got {value!r}.")
+            if not isinstance(value, int) or isinstance(value, bool) or not (0 < value <= MAX_SIZE):
+                raise ConfigError(
+                    f"{name} must be a positive whole number below 2**31, got {shown(value)}."
+                )
+        if self.num_params > MAX_PARAMS:
+            raise ConfigError(
+                f"These sizes describe {self.num_params:,} weights, more than any model has; "
+                "correct them."
+            )
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(
                 f"num_heads must be a multiple of num_kv_heads, got {self.num_heads} query heads "
@@ -80,10 +96,14 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise ConfigError(f"head_dim must be even for RoPE, got {self.head_dim}.")
-        if not self.rms_norm_eps > 0 or not self.rope_theta > 0:
+        if not MIN_FLOAT32 <= self.rms_norm_eps < 1:
             raise ConfigError(
-                f"rms_norm_eps and rope_theta must be positive, got {self.rms_norm_eps} and "
-                f"{self.rope_theta}."
+                "rms_norm_eps must be a number above 0, in float32, and below 1, got "
+                f"{self.rms_norm_eps}."
+            )
+        if not 1 <= self.rope_theta <= MAX_FLOAT32:
+            raise ConfigError(
+                f"rope_theta must be a finite number >= 1, in float32, got {self.rope_theta}."
             )
 
     @property

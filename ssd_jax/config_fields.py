@@ -113,7 +113,7 @@ class FieldReader:
             try:
                 value = float(value)
             except OverflowError:
-                value = math.copysign(math.inf, value)
+                value = math.inf if value > 0 else -math.inf
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
             raise ConfigError(
                 f"Field {name!r} of {self.where} must be of type {kind.__name__}, got "

@@ -303,6 +303,7 @@ def test_quantisation_that_is_off_changes_nothing(fields):
         {f"field_{i}": [["a" * 100] * 100] * 100 for i in range(300)},
         {"model_type": "a" * 5000},
         {"rope_scaling": {"rope_type": "a" * 5000}},
+        {"hidden_size": 10**5000},
     ],
 )
 def test_messages_stay_short(fields):
