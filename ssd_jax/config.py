@@ -1,38 +1,22 @@
 """Model configurations, read from a checkpoint's `config.json`.
 
 `ModelConfig` is frozen and hashable, so it is a static argument of every jitted program. A field of
-`config.json` is either understood, or known not to touch the maths of inference, or refused by
-name.
+`config.json` is either understood, or has a value that does not touch the maths of inference, or is
+refused by name (`config_fields.py`).
 """
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from ssd_jax.errors import ConfigError
+from ssd_jax.config_fields import FieldReader, refuse_quantised
+from ssd_jax.errors import ConfigError, shown
 
 Family = Literal["llama", "qwen2", "qwen3"]
 FAMILIES: tuple[Family, ...] = ("llama", "qwen2", "qwen3")
-
-# Fields that say how a model was trained, stored or is sampled from, not what it computes.
-# fmt: off
-_IRRELEVANT_FIELDS = frozenset(
-    [
-        "_attn_implementation_autoset", "_name_or_path", "architectures",
-        "attention_dropout", "auto_map", "bos_token_id", "chunk_size_feed_forward",
-        "cross_attention_hidden_size", "do_sample", "dtype", "eos_token_id",
-        "finetuning_task", "hidden_dropout", "id2label", "initializer_range", "is_decoder",
-        "is_encoder_decoder", "keys_to_ignore_at_inference", "label2id", "max_length",
-        "max_window_layers", "min_length", "model_type", "num_beams", "output_attentions",
-        "output_hidden_states", "pad_token_id", "prefix", "pretraining_tp", "problem_type",
-        "return_dict", "rms_norm_eps", "sep_token_id", "task_specific_params",
-        "temperature", "tie_encoder_decoder", "tokenizer_class", "top_k", "top_p",
-        "torch_dtype", "torchscript", "transformers_version", "typical_p", "unsloth_fixed",
-        "unsloth_version", "use_bfloat16", "use_cache",
-    ]
-)
-# fmt: on
+MAX_SIZE = 2**31 - 1
+MAX_PARAMS = 2**48
+MIN_FLOAT32, MAX_FLOAT32 = 2.0**-126, 2.0**128 * (1 - 2.0**-24)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,12 +34,19 @@ class RopeScaling:
     original_max_context: int = 8192
 
     def __post_init__(self) -> None:
-        if self.factor < 1 or not math.isfinite(self.factor):
-            raise ConfigError(f"RoPE scaling factor must be a number >= 1, got {self.factor}.")
-        if self.kind == "llama3" and not 0 < self.low_freq_factor < self.high_freq_factor:
+        if not 1 <= self.factor <= MAX_FLOAT32:
             raise ConfigError(
-                "llama3 RoPE scaling needs 0 < low_freq_factor < high_freq_factor, got "
+                f"RoPE scaling factor must be a finite number >= 1, got {self.factor}."
+            )
+        if not 0 < self.low_freq_factor < self.high_freq_factor <= MAX_FLOAT32:
+            raise ConfigError(
+                "llama3 RoPE scaling needs 0 < low_freq_factor < high_freq_factor, all finite, got "
                 f"{self.low_freq_factor} and {self.high_freq_factor}."
+            )
+        if not 0 < self.original_max_context <= MAX_SIZE:
+            raise ConfigError(
+                "original_max_position_embeddings must be a positive whole number below 2**31, got "
+                f"{shown(self.original_max_context)}."
             )
 
 
@@ -89,8 +80,15 @@ class ModelConfig:
         sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_layers")
         for name in (*sizes, "num_heads", "num_kv_heads", "head_dim", "max_context"):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ConfigError(f"{name} must be a positive whole number, got {value!r}.")
+            if not isinstance(value, int) or isinstance(value, bool) or not (0 < value <= MAX_SIZE):
+                raise ConfigError(
+                    f"{name} must be a positive whole number below 2**31, got {shown(value)}."
+                )
+        if self.num_params > MAX_PARAMS:
+            raise ConfigError(
+                f"These sizes describe {self.num_params:,} weights, more than any model has; "
+                "correct them."
+            )
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(
                 f"num_heads must be a multiple of num_kv_heads, got {self.num_heads} query heads "
@@ -98,10 +96,14 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise ConfigError(f"head_dim must be even for RoPE, got {self.head_dim}.")
-        if not self.rms_norm_eps > 0 or not self.rope_theta > 0:
+        if not MIN_FLOAT32 <= self.rms_norm_eps < 1:
             raise ConfigError(
-                f"rms_norm_eps and rope_theta must be positive, got {self.rms_norm_eps} and "
-                f"{self.rope_theta}."
+                "rms_norm_eps must be a number above 0, in float32, and below 1, got "
+                f"{self.rms_norm_eps}."
+            )
+        if not 1 <= self.rope_theta <= MAX_FLOAT32:
+            raise ConfigError(
+                f"rope_theta must be a finite number >= 1, in float32, got {self.rope_theta}."
             )
 
     @property
@@ -130,17 +132,18 @@ def model_config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
         size,
             or a field this loader does not know (it might change the maths), always named.
     """
-    fields = {name: value for name, value in raw.items() if value is not None}
-    family = fields.get("model_type")
-    if family not in FAMILIES:
+    family: Family | None = next((name for name in FAMILIES if raw.get("model_type") == name), None)
+    if family is None:
         raise ConfigError(
-            f"Unsupported model_type {family!r}: supported are {', '.join(FAMILIES)} "
-            "(Llama 3.x, Qwen2/2.5, dense Qwen3)."
+            f"Unsupported model_type {shown(raw.get('model_type'))} in config.json: supported are "
+            f"{', '.join(FAMILIES)} (Llama 3.x, Qwen2/2.5, dense Qwen3)."
         )
-    reader = _FieldReader(fields)
+    refuse_quantised(raw)
+    reader = FieldReader(raw)
     num_heads = reader.take("num_attention_heads", int)
     hidden_size = reader.take("hidden_size", int)
-    rope_theta, rope_scaling = _read_rope(reader)
+    max_context = reader.take("max_position_embeddings", int)
+    rope_theta, rope_scaling = _read_rope(reader, max_context)
     config = ModelConfig(
         family=family,
         vocab_size=reader.take("vocab_size", int),
@@ -152,41 +155,66 @@ def model_config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
         head_dim=reader.take(
             "head_dim", int, 128 if family == "qwen3" else max(1, hidden_size // max(1, num_heads))
         ),
-        max_context=reader.take("max_position_embeddings", int),
+        max_context=max_context,
         rms_norm_eps=reader.take("rms_norm_eps", float, 1e-6),
         rope_theta=rope_theta,
         rope_scaling=rope_scaling,
         # Qwen2 always has biases on q, k and v; the other two say so themselves.
         qkv_bias=reader.take("attention_bias", bool, False) or family == "qwen2",
-        output_bias=family != "qwen2" and bool(fields.get("attention_bias", False)),
+        output_bias=family != "qwen2" and reader.take("attention_bias", bool, False),
         mlp_bias=reader.take("mlp_bias", bool, False),
         qk_norm=family == "qwen3",
         tied_embeddings=reader.take("tie_word_embeddings", bool, False),
     )
-    reader.require("hidden_act", "silu")
-    reader.require("use_sliding_window", False)
-    reader.require("partial_rotary_factor", 1.0)
-    reader.take("sliding_window", int, 0)  # without use_sliding_window it has no effect
-    layer_types = reader.take("layer_types", list, [])
-    if any(kind != "full_attention" for kind in layer_types):
-        raise ConfigError(
-            f"Unsupported layer_types {sorted(set(layer_types))}: only full_attention layers are "
-            "implemented."
-        )
-    reader.refuse_unread()
+    _refuse_windows(reader, config)
+    reader.refuse_the_rest()
     return config
 
 
-def _read_rope(reader: "_FieldReader") -> tuple[float, RopeScaling | None]:
-    """RoPE's base and scaling, from `rope_parameters` or from `rope_theta` and `rope_scaling`."""
-    old_theta = reader.take("rope_theta", float, 10_000.0)
-    parameters = dict(reader.take("rope_parameters", dict, {}))
-    parameters = parameters or dict(reader.take("rope_scaling", dict, {}))
-    rope = _FieldReader({name: value for name, value in parameters.items() if value is not None})
-    theta = rope.take("rope_theta", float, old_theta)
-    legacy_kind = rope.take("type", str, "default")
-    kind = rope.take("rope_type", str, legacy_kind)
-    rope.require("partial_rotary_factor", 1.0)
+def _refuse_windows(reader: FieldReader, config: ModelConfig) -> None:
+    """Raise if a layer attends through a window that is narrower than the context.
+
+    As in transformers: `layer_types` decides where it is given, else the layers from
+    `max_window_layers` on have the window, if `use_sliding_window` switches it on.
+    """
+    window = reader.take("sliding_window", int, config.max_context)
+    first = reader.take("max_window_layers", int, 0 if config.family == "llama" else 28)
+    is_on = reader.take("use_sliding_window", bool, False)
+    kinds = reader.take("layer_types", list, [])
+    for kind in kinds:
+        if kind != "full_attention":
+            raise ConfigError(
+                f"Unsupported {shown(kind)} in layer_types of config.json: only 'full_attention' "
+                "is implemented; run this checkpoint with transformers."
+            )
+    if is_on and not kinds and window < config.max_context and first < config.num_layers:
+        raise ConfigError(
+            f"Unsupported use_sliding_window = True in config.json, with sliding_window {window} "
+            f"from layer {first} on: only full attention is implemented; run this checkpoint with "
+            "transformers."
+        )
+
+
+def _read_rope(reader: FieldReader, max_context: int) -> tuple[float, RopeScaling | None]:
+    """RoPE's base and scaling.
+
+    transformers 4 writes `rope_theta` and `rope_scaling`, 5 writes both into `rope_parameters`;
+    some files have both spellings, which must then agree.
+    """
+    old = _rope_fields(reader, "rope_scaling")
+    new = _rope_fields(reader, "rope_parameters")
+    kinds = {"rope_type": "default"}
+    for name in sorted((old.keys() & new.keys()) | kinds.keys()) if old and new else ():
+        one, other = old.get(name, kinds.get(name)), new.get(name, kinds.get(name))
+        if one != other:
+            raise ConfigError(
+                f"rope_scaling and rope_parameters of config.json should agree, but {name[:60]} is "
+                f"{shown(one)} in one and {shown(other)} in the other; remove the wrong one."
+            )
+    rope = FieldReader(new | old, "the RoPE parameters of config.json")
+    theta = _agreeing(reader, rope, "rope_theta", float, 10_000.0)
+    kind = rope.take("rope_type", str, "default")
+    pretrained = _agreeing(reader, rope, "original_max_position_embeddings", int, max_context)
     if kind == "default":
         scaling = None
     elif kind == "linear":
@@ -197,49 +225,36 @@ def _read_rope(reader: "_FieldReader") -> tuple[float, RopeScaling | None]:
             factor=rope.take("factor", float),
             low_freq_factor=rope.take("low_freq_factor", float),
             high_freq_factor=rope.take("high_freq_factor", float),
-            original_max_context=rope.take("original_max_position_embeddings", int),
+            original_max_context=pretrained,
         )
     else:
         raise ConfigError(
-            f"Unsupported RoPE type {kind!r}: supported are default, linear and llama3. If the "
-            "checkpoint's config.json only offers it for long contexts, remove rope_scaling."
+            f"Unsupported RoPE type {shown(kind)} in config.json: supported are default, linear "
+            "and llama3. If it is only offered for long contexts, remove rope_scaling."
         )
-    rope.refuse_unread(prefix="rope parameter ")
+    rope.refuse_the_rest(never_maths=frozenset())
     return theta, scaling
 
 
-class _FieldReader:
-    """Reads fields one by one with their types and knows which were never read."""
+def _rope_fields(reader: FieldReader, name: str) -> dict[str, Any]:
+    """The fields under one spelling; the kind of scaling goes by `type` in older files."""
+    given = reader.take(name, dict, {})
+    fields = {key: value for key, value in given.items() if value is not None}
+    legacy_kind = fields.pop("type", None)
+    if legacy_kind is not None and fields.setdefault("rope_type", legacy_kind) != legacy_kind:
+        raise ConfigError(
+            f"rope_type and type in {name} of config.json should agree, got "
+            f"{shown(fields['rope_type'])} and {shown(legacy_kind)}; remove the wrong one."
+        )
+    return fields
 
-    def __init__(self, fields: Mapping[str, Any]) -> None:
-        self._fields = fields
-        self._unread = set(fields) - _IRRELEVANT_FIELDS
 
-    def take[T](self, name: str, kind: type[T], default: T | None = None) -> T:
-        self._unread.discard(name)
-        value = self._fields.get(name, default)
-        if value is None:
-            raise ConfigError(f"config.json lacks the field {name!r}, which the model needs.")
-        if kind is float and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value)
-        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-            raise ConfigError(
-                f"Field {name!r} of config.json must be of type {kind.__name__}, got {value!r}."
-            )
-        return value  # pyright: ignore[reportReturnType]
-
-    def require(self, name: str, expected: object) -> None:
-        self._unread.discard(name)
-        value = self._fields.get(name, expected)
-        if value != expected:
-            raise ConfigError(
-                f"Unsupported {name} = {value!r} in config.json: only {expected!r} is implemented."
-            )
-
-    def refuse_unread(self, prefix: str = "field ") -> None:
-        if self._unread:
-            names = ", ".join(f"{n} = {self._fields[n]!r}" for n in sorted(self._unread))
-            raise ConfigError(
-                f"config.json has {prefix}{names}, which this loader does not know and which may "
-                "change what the model computes; remove it if you are sure that it does not."
-            )
+def _agreeing[T](reader: FieldReader, rope: FieldReader, name: str, kind: type[T], default: T) -> T:
+    """A field that may stand among the RoPE parameters, beside them, or with one value in both."""
+    inside, outside = rope.take(name, kind, default), reader.take(name, kind, default)
+    if name in rope and name in reader and inside != outside:
+        raise ConfigError(
+            f"{name} of config.json and {name} among its RoPE parameters should agree, got "
+            f"{shown(outside)} and {shown(inside)}; remove the wrong one."
+        )
+    return inside if name in rope else outside

@@ -5,9 +5,16 @@ Every message says what was expected, what came, and what to do about it. The co
 `exit`.
 """
 
+import reprlib
+
+MAX_MESSAGE = 1000
+
 
 class SsdJaxError(Exception):
-    """Base of all errors this package raises on purpose."""
+    """Base of all errors this package raises on purpose; what a file holds cannot make it long."""
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(shortened(message, MAX_MESSAGE))
 
 
 class ConfigError(SsdJaxError):
@@ -28,3 +35,20 @@ class MemoryBudgetError(SsdJaxError):
 
 class DeviceError(SsdJaxError):
     """A program that failed on its device while it was running."""
+
+
+def shown(value: object, limit: int = 80) -> str:
+    """The value as a message shows it: its `repr`, without the middle where that is long."""
+    short = reprlib.Repr(maxstring=limit, maxother=limit, maxlong=40, maxlevel=3)
+    try:
+        return shortened(short.repr(value), limit)
+    except ValueError:  # a whole number with more digits than Python writes
+        return f"a {type(value).__name__} too long to show"
+
+
+def shortened(text: str, limit: int) -> str:
+    """The text, without its middle if it is longer than the limit."""
+    if len(text) <= limit:
+        return text
+    half = (limit - 5) // 2
+    return f"{text[:half]} ... {text[len(text) - half :]}"

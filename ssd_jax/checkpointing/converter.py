@@ -33,7 +33,8 @@ from ssd_jax.checkpointing.orbax_io import (
 )
 from ssd_jax.checkpointing.partial_folder import copy_synced, partial_folder, write_synced
 from ssd_jax.checkpointing.safetensors_files import checkpoint_files
-from ssd_jax.errors import CheckpointError
+from ssd_jax.errors import CheckpointError, shortened
+from ssd_jax.json_files import shown_path
 
 # What a tokenizer may need, and the settings that name its special ids; all of it small.
 COMPANION_FILES = (
@@ -74,15 +75,16 @@ def convert(
     checkpoint = open_hf_checkpoint(source)
     target_dtype = checkpoint.stored_dtype if dtype is None else weight_dtype(dtype)
     destination = destination.absolute()
-    _refuse_taken(source, destination, overwrite)
     report = progress or _ignore_progress
     try:
+        _refuse_taken(source, destination, overwrite)
         _refuse_small_disk(destination, checkpoint.config.num_params * target_dtype.itemsize)
         with partial_folder(destination) as partial:
             return _write(checkpoint, partial, target_dtype, report)
     except OSError as error:
         raise CheckpointError(
-            f"Expected to write a checkpoint to {destination}, but that failed ({error}); "
+            f"Expected to write a checkpoint to {shown_path(destination)}, but that failed "
+            f"({shortened(str(error), 200)}); "
             "check that the folder is writable and the disk not full."
         ) from error
 

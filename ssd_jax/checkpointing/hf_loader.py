@@ -20,6 +20,7 @@ from ssd_jax.checkpointing.hf_names import (
     Piece,
     is_ignorable_key,
     leaf_specs,
+    plain_names,
 )
 from ssd_jax.checkpointing.leaves import BFLOAT16, FLOAT32, params_from_leaves, weight_dtype
 from ssd_jax.checkpointing.safetensors_files import (
@@ -28,20 +29,23 @@ from ssd_jax.checkpointing.safetensors_files import (
     SourceTensor,
     checkpoint_files,
     list_tensors,
-    read_json_object,
     read_rows,
 )
 from ssd_jax.config import ModelConfig, model_config_from_hf
-from ssd_jax.errors import CheckpointError
+from ssd_jax.errors import CheckpointError, ConfigError, shortened, shown
+from ssd_jax.json_files import read_json_object, shown_path
 from ssd_jax.types import ModelParams
 
 _BLOCK_BYTES = 2**20
-_MAX_LISTED = 20
+_MAX_LISTED = 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HfCheckpoint:
-    """What the headers of a Hugging Face folder say; no weights are in memory."""
+    """What the headers of a Hugging Face folder say; no weights are in memory.
+
+    `tensors` are under the names of `hf_names`, which those in the files may differ from.
+    """
 
     folder: Path
     raw_config: Mapping[str, Any]
@@ -52,7 +56,7 @@ class HfCheckpoint:
     def stored_dtype(self) -> np.dtype:
         """The dtype that keeps every weight exactly: bfloat16 if all are, float32 otherwise."""
         kinds = {
-            tensor.dtype for tensor in self.tensors.values() if not is_ignorable_key(tensor.key)
+            tensor.dtype for name, tensor in self.tensors.items() if not is_ignorable_key(name)
         }
         return BFLOAT16 if kinds == {"BF16"} else FLOAT32
 
@@ -66,12 +70,31 @@ def open_hf_checkpoint(folder: Path) -> HfCheckpoint:
     """
     checkpoint_files(folder)  # says what is missing before any file is parsed
     raw_config = read_json_object(folder / CONFIG_FILE)
-    return HfCheckpoint(
-        folder=folder,
-        raw_config=raw_config,
-        config=model_config_from_hf(raw_config),
-        tensors=list_tensors(folder),
-    )
+    try:
+        config = model_config_from_hf(raw_config)
+    except ConfigError as error:
+        raise ConfigError(f"In {shown_path(folder)}: {error}") from error
+    tensors = _by_plain_name(list_tensors(folder))
+    if config.num_layers > len(tensors):  # before any table of that many layers is built
+        raise CheckpointError(
+            f"Expected tensors for the {config.num_layers} layers of {CONFIG_FILE} in "
+            f"{shown_path(folder)}, got only {len(tensors)} tensors; correct num_hidden_layers or "
+            "fetch the checkpoint again."
+        )
+    return HfCheckpoint(folder=folder, raw_config=raw_config, config=config, tensors=tensors)
+
+
+def _by_plain_name(tensors: Mapping[str, SourceTensor]) -> dict[str, SourceTensor]:
+    """The tensors under the names of our table."""
+    renamed: dict[str, SourceTensor] = {}
+    for key, name in plain_names(tensors).items():
+        if name in renamed:
+            raise CheckpointError(
+                f"Expected every tensor once, got {shown(renamed[name].key)} and {shown(key)}, "
+                f"which both mean {shown(name)}; save the model again, unwrapped."
+            )
+        renamed[name] = tensors[key]
+    return renamed
 
 
 def find_problems(checkpoint: HfCheckpoint) -> dict[str, list[str]]:
@@ -212,8 +235,9 @@ def _describe_problems(folder: Path, problems: Mapping[str, Iterable[str]]) -> s
     for kind, keys in problems.items():
         keys = list(keys)
         more = f" and {len(keys) - _MAX_LISTED} more" if len(keys) > _MAX_LISTED else ""
-        parts.append(f"{len(keys)} {kind}: {', '.join(keys[:_MAX_LISTED])}{more}")
+        listed = ", ".join(shortened(key, 80) for key in keys[:_MAX_LISTED])
+        parts.append(f"{len(keys)} {kind}: {listed}{more}")
     return (
-        f"Expected the tensors of {folder} to be those that its {CONFIG_FILE} describes, got "
-        f"{'; '.join(parts)}; fetch the checkpoint again or correct {CONFIG_FILE}."
+        f"Expected the tensors of {shown_path(folder)} to be those that its {CONFIG_FILE} "
+        f"describes, got {'; '.join(parts)}; fetch the checkpoint again or correct {CONFIG_FILE}."
     )

@@ -7,6 +7,7 @@ that view and exporting reads through it, so the two cannot disagree.
 
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -93,8 +94,13 @@ _MODEL_PIECES: dict[str, tuple[Piece, ...]] = {
     "lm_head": (Piece(key=LM_HEAD_KEY, axes=(1, 0)),),
 }
 
-# Tables that old versions of transformers stored although they follow from the configuration.
-_IGNORABLE_KEY = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+# Tables that versions of transformers stored although they follow from the configuration.
+_IGNORABLE_KEY = re.compile(
+    r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.((original_)?inv_freq|(cos|sin)_cached)"
+)
+_COMPILED = "_orig_mod."  # what torch.compile puts before the name of a module
+_WRAPPED = "module."  # what data-parallel wrappers put before all names
+_BASE = "model."  # what a model saved without its output matrix lacks
 
 
 def leaf_specs(config: ModelConfig) -> tuple[LeafSpec, ...]:
@@ -103,6 +109,20 @@ def leaf_specs(config: ModelConfig) -> tuple[LeafSpec, ...]:
         LeafSpec(name=name, shape=shape, pieces=_pieces(name))
         for name, shape in leaf_shapes(config).items()
     )
+
+
+def plain_names(keys: Iterable[str]) -> dict[str, str]:
+    """The name that this loader's table uses, for each name that a checkpoint uses.
+
+    Models are also saved from inside the wrappers of torch.compile and of data-parallel training,
+    or as the base model alone, whose names lack the first part. Two names may come out equal.
+    """
+    names = {key: key.replace(_COMPILED, "") for key in keys}
+    if names and all(name.startswith(_WRAPPED) for name in names.values()):
+        names = {key: name.removeprefix(_WRAPPED) for key, name in names.items()}
+    if EMBEDDING_KEY.removeprefix(_BASE) in names.values() and EMBEDDING_KEY not in names.values():
+        names = {k: name if name == LM_HEAD_KEY else _BASE + name for k, name in names.items()}
+    return names
 
 
 def is_ignorable_key(key: str) -> bool:

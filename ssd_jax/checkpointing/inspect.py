@@ -7,6 +7,7 @@ from ssd_jax.checkpointing.leaves import weight_dtype
 from ssd_jax.checkpointing.manifest import MANIFEST_FILE, Manifest, read_manifest
 from ssd_jax.config import ModelConfig
 from ssd_jax.errors import CheckpointError
+from ssd_jax.json_files import is_file
 from ssd_jax.text import load_tokenizer
 
 _MAX_LISTED = 5
@@ -19,7 +20,7 @@ def describe(folder: Path) -> str:
         CheckpointError: no checkpoint there, or a file that cannot be read.
         ConfigError: an unsupported model.
     """
-    if (folder / MANIFEST_FILE).is_file():
+    if is_file(folder / MANIFEST_FILE):
         manifest = read_manifest(folder)
         rows = _converted_rows(manifest)
         config = manifest.config

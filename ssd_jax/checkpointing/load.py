@@ -13,6 +13,7 @@ from ssd_jax.checkpointing.manifest import MANIFEST_FILE, read_manifest
 from ssd_jax.checkpointing.orbax_io import PARAMS_FOLDER, check_files, read_parts
 from ssd_jax.config import ModelConfig
 from ssd_jax.errors import CheckpointError
+from ssd_jax.json_files import is_file
 from ssd_jax.types import ModelParams
 
 
@@ -32,7 +33,7 @@ def read_config(folder: Path) -> ModelConfig:
     Raises:
         CheckpointError, ConfigError: as `load_checkpoint`.
     """
-    if (folder / MANIFEST_FILE).is_file():
+    if is_file(folder / MANIFEST_FILE):
         return read_manifest(folder).config
     return open_hf_checkpoint(folder).config
 
@@ -48,7 +49,7 @@ def load_checkpoint(folder: Path, dtype: DTypeLike | None = None) -> LoadedCheck
         CheckpointError: no checkpoint there, or a damaged or incomplete one.
         ConfigError: an unsupported model.
     """
-    if (folder / MANIFEST_FILE).is_file():
+    if is_file(folder / MANIFEST_FILE):
         return _load_converted(folder, dtype)
     checkpoint = open_hf_checkpoint(folder)
     target_dtype = checkpoint.stored_dtype if dtype is None else weight_dtype(dtype)

@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ssd_jax.checkpointing.safetensors_files import read_json_object
 from ssd_jax.config import ModelConfig, RopeScaling
 from ssd_jax.errors import CheckpointError, ConfigError
+from ssd_jax.json_files import read_json_object
 
 MANIFEST_FILE = "manifest.json"
 FORMAT_VERSION = 1

@@ -4,18 +4,18 @@ Files are memory-mapped by the safetensors library only while one tensor is read
 touched count as this process's memory until the file is closed.
 """
 
-import json
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp  # importing jax also teaches numpy the name bfloat16
 import numpy as np
 import safetensors
 
-from ssd_jax.errors import CheckpointError
+from ssd_jax.errors import CheckpointError, shortened, shown
+from ssd_jax.json_files import is_file, read_json_object, shown_path
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -45,55 +45,37 @@ class SourceTensor:
         return math.prod(self.shape) * dtype.itemsize if dtype else 0
 
 
-def read_json_object(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Raises:
-        CheckpointError: the file is unreadable, not JSON, or not an object.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"Expected JSON in {path}, but it cannot be read ({error}); fetch that file again."
-        ) from error
-    if not isinstance(value, dict):
-        raise CheckpointError(
-            f"Expected a JSON object in {path}, got a {type(value).__name__}; "
-            "fetch that file again."
-        )
-    return value
-
-
 def checkpoint_files(folder: Path) -> tuple[Path, ...]:
     """The safetensors files of a Hugging Face folder, one or several shards.
 
     Raises:
         CheckpointError: the folder is absent, holds no checkpoint, or lacks shards of its index.
     """
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # Path.is_dir raises for a name that is too long
         raise CheckpointError(
-            f"Expected a checkpoint folder, found none at {folder}; check the path."
+            f"Expected a checkpoint folder, found none at {shown_path(folder)}; check the path."
         )
-    if not (folder / CONFIG_FILE).is_file():
+    if not is_file(folder / CONFIG_FILE):
         raise CheckpointError(
-            f"Expected a checkpoint in {folder}, but it has no {CONFIG_FILE}; "
+            f"Expected a checkpoint in {shown_path(folder)}, but it has no {CONFIG_FILE}; "
             "give a folder in the Hugging Face layout or one that `ssd-jax convert` wrote."
         )
-    if (folder / SINGLE_FILE).is_file():
+    if is_file(folder / SINGLE_FILE):
         return (folder / SINGLE_FILE,)
-    if (folder / INDEX_FILE).is_file():
+    if is_file(folder / INDEX_FILE):
         return _shards(folder)
     others = sorted(
         path.name for path in folder.glob("*") if path.suffix in (".bin", ".pt", ".pth")
     )
-    found = f"found only {', '.join(others)}" if others else "found neither"
+    found = f"found only {shortened(', '.join(others), 200)}" if others else "found neither"
     advice = (
         "save the model again with safetensors, the others are not read because they can run code"
         if others
         else "fetch the weights"
     )
-    raise CheckpointError(f"Expected {SINGLE_FILE} or {INDEX_FILE} in {folder}, {found}; {advice}.")
+    raise CheckpointError(
+        f"Expected {SINGLE_FILE} or {INDEX_FILE} in {shown_path(folder)}, {found}; {advice}."
+    )
 
 
 def list_tensors(folder: Path) -> dict[str, SourceTensor]:
@@ -107,7 +89,7 @@ def list_tensors(folder: Path) -> dict[str, SourceTensor]:
         for tensor in _read_header(path):
             if tensor.key in tensors:
                 raise CheckpointError(
-                    f"Expected every tensor once, got {tensor.key} in both "
+                    f"Expected every tensor once, got {shortened(tensor.key, 80)} in both "
                     f"{tensors[tensor.key].file.name} and {path.name}; fetch the checkpoint again."
                 )
             tensors[tensor.key] = tensor
@@ -146,24 +128,31 @@ def _read_header(path: Path) -> list[SourceTensor]:
 
 def _shards(folder: Path) -> tuple[Path, ...]:
     """The files that the index of a sharded checkpoint names."""
-    weight_map = read_json_object(folder / INDEX_FILE).get("weight_map")
-    names = set(weight_map.values()) if isinstance(weight_map, dict) else set()
-    if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
+    index = folder / INDEX_FILE
+    weight_map = read_json_object(index).get("weight_map")
+    entries = list(weight_map.values()) if isinstance(weight_map, dict) else [weight_map]
+    names = sorted({entry for entry in entries if isinstance(entry, str)})
+    wrong = [entry for entry in entries if not isinstance(entry, str) or Path(entry).name != entry]
+    if wrong or not names:
         raise CheckpointError(
-            f"Expected weight_map in {folder / INDEX_FILE} to map tensors to file names of that "
-            "folder, got something else; fetch that file again."
+            f"Expected weight_map in {shown_path(index)} to map tensors to file names of that "
+            f"folder, got {shown(wrong[0] if wrong else {})}; fetch that file again."
         )
-    absent = sorted(name for name in names if not (folder / name).is_file())
+    absent = [name for name in names if not is_file(folder / name)]
     if absent:
+        more = f" and {len(absent) - 5} more" if len(absent) > 5 else ""
+        listed = ", ".join(shortened(name, 80) for name in absent[:5])
         raise CheckpointError(
-            f"Expected all {len(names)} shards of {INDEX_FILE} in {folder}, but "
-            f"{', '.join(absent)} is not there; fetch what is missing."
+            f"Expected all {len(names)} shards of {INDEX_FILE} in {shown_path(folder)}, but "
+            f"{listed}{more} {'is' if len(absent) == 1 else 'are'} not there; "
+            "fetch what is missing."
         )
-    return tuple(folder / name for name in sorted(names))
+    return tuple(folder / name for name in names)
 
 
 def _damaged(path: Path, error: Exception) -> CheckpointError:
     return CheckpointError(
-        f"Expected a whole safetensors file at {path}, but it is damaged or truncated ({error}); "
+        f"Expected a whole safetensors file at {shown_path(path)}, but it is damaged or truncated "
+        f"({shortened(str(error), 200)}); "
         "fetch that file again."
     )

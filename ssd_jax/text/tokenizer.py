@@ -8,7 +8,8 @@ from typing import Any
 
 import tokenizers
 
-from ssd_jax.errors import CheckpointError, RequestError
+from ssd_jax.errors import CheckpointError, RequestError, shortened, shown
+from ssd_jax.json_files import is_file, read_json_object, read_text, shown_path
 from ssd_jax.text.chat_template import render_chat
 
 _TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -140,8 +141,8 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     adds_bos = files[_TOKENIZER_CONFIG].get("add_bos_token") is True
     if adds_bos and bos_id is None:
         raise CheckpointError(
-            f"Expected a bos_token in {folder / _TOKENIZER_CONFIG} because add_bos_token is true, "
-            "got none; name the token or set add_bos_token to false."
+            f"Expected a bos_token in {shown_path(folder / _TOKENIZER_CONFIG)} because "
+            "add_bos_token is true, got none; name the token or set add_bos_token to false."
         )
     return Tokenizer(
         backend=backend,
@@ -157,16 +158,17 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
 def _load_backend(path: Path) -> tokenizers.Tokenizer:
     """Tokenizer in a tokenizer.json, without the truncation and padding it may ask for."""
-    if not path.is_file():
+    if not is_file(path):
         raise CheckpointError(
-            f"Expected a tokenizer at {path}, found no such file; "
+            f"Expected a tokenizer at {shown_path(path)}, found no such file; "
             "give a checkpoint folder that holds tokenizer.json."
         )
     try:
         backend = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception for every kind of damage
         raise CheckpointError(
-            f"Expected a tokenizer in {path}, but it cannot be read ({error}); "
+            f"Expected a tokenizer in {shown_path(path)}, but it cannot be read "
+            f"({shortened(str(error), 200)}); "
             "fetch that file again."
         ) from error
     backend.no_truncation()
@@ -174,33 +176,9 @@ def _load_backend(path: Path) -> tokenizers.Tokenizer:
     return backend
 
 
-def _read_text(path: Path) -> str:
-    """Contents of a UTF-8 text file."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(
-            f"Expected UTF-8 text in {path}, but it cannot be read ({error}); "
-            "fetch that file again."
-        ) from error
-
-
 def _read_json(path: Path) -> dict[str, Any]:
     """Object in a JSON file, empty if there is no such file."""
-    if not path.exists():
-        return {}
-    try:
-        value = json.loads(_read_text(path))
-    except json.JSONDecodeError as error:
-        raise CheckpointError(
-            f"Expected JSON in {path}, but it is damaged ({error}); fetch that file again."
-        ) from error
-    if not isinstance(value, dict):
-        raise CheckpointError(
-            f"Expected a JSON object in {path}, got a {type(value).__name__}; "
-            "fetch that file again."
-        )
-    return value
+    return read_json_object(path) if path.exists() else {}
 
 
 def _special_token(
@@ -218,8 +196,8 @@ def _special_token(
         token_id = backend.token_to_id(token) if isinstance(token, str) else None
         if token_id is None:
             raise CheckpointError(
-                f"Expected {name} in {folder / file} to be a token of tokenizer.json, "
-                f"got {token!r}; correct that entry."
+                f"Expected {name} in {shown_path(folder / file)} to be a token of tokenizer.json, "
+                f"got {shown(token)}; correct that entry."
             )
         return token, (token_id,)
     return None, ()
@@ -227,6 +205,8 @@ def _special_token(
 
 def _listed_ids(folder: Path, files: Mapping[str, Mapping[str, Any]], name: str) -> tuple[int, ...]:
     """Ids under `bos_token_id` or `eos_token_id` (one or a list), generation settings first."""
+    vocab_size = files[_MODEL_CONFIG].get("vocab_size")
+    limit = vocab_size if isinstance(vocab_size, int) and 0 < vocab_size < 2**31 else 2**31
     ids: list[int] = []
     for file in (_GENERATION_CONFIG, _MODEL_CONFIG):
         entry = files[file].get(name)
@@ -234,10 +214,10 @@ def _listed_ids(folder: Path, files: Mapping[str, Mapping[str, Any]], name: str)
         for value in values:
             if value is None:
                 continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < limit:
                 raise CheckpointError(
-                    f"Expected {name} in {folder / file} to be a token id or a list of them, "
-                    f"got {entry!r}; correct that entry."
+                    f"Expected {name} in {shown_path(folder / file)} to be a token id below "
+                    f"{limit} or a list of them, got {shown(entry)}; correct that entry."
                 )
             ids.append(value)
     return tuple(ids)
@@ -246,7 +226,7 @@ def _listed_ids(folder: Path, files: Mapping[str, Mapping[str, Any]], name: str)
 def _chat_template(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> str | None:
     """Chat template from its own file, else from the tokenizer's settings, else None."""
     if (folder / _TEMPLATE_TEXT).exists():
-        return _read_text(folder / _TEMPLATE_TEXT)
+        return read_text(folder / _TEMPLATE_TEXT)
     for file in (_TEMPLATE_JSON, _TOKENIZER_CONFIG):
         entry = files[file].get("chat_template")
         if isinstance(entry, list):

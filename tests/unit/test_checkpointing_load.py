@@ -1,6 +1,7 @@
 """Loading real Hugging Face folders: values, both config styles, and what is refused."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from ssd_jax.checkpointing.hf_names import leaf_specs
 from ssd_jax.checkpointing.inspect import describe
 from ssd_jax.checkpointing.leaves import leaf_shapes, leaves_of
 from ssd_jax.config import ModelConfig
-from ssd_jax.errors import CheckpointError
+from ssd_jax.errors import CheckpointError, ConfigError
 
 FIXTURES = Path(__file__).parents[1] / "parity" / "fixtures"
 CASES = sorted(path.name for path in FIXTURES.iterdir())
@@ -328,3 +329,133 @@ def test_hugging_face_folder_loads_without_importing_orbax():
         "load_checkpoint(Path(sys.argv[1])); sys.exit('orbax' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", program, str(FIXTURES / "llama")], check=True)
+
+
+def renamed(tmp_path, case, rename):
+    """A copy of a one-file fixture with every tensor under another name."""
+    tensors = read_tensors(FIXTURES / case)
+    folder = edited(tmp_path, case, **dict.fromkeys(tensors))
+    contents = {rename(key): value for key, value in tensors.items()}
+    safetensors.numpy.save_file(contents, folder / "model.safetensors")
+    return folder
+
+
+def compiled(key):
+    return key.replace("model.layers.", "_orig_mod.model.layers._orig_mod.")
+
+
+RENAMED = {
+    "compiled": lambda key: "_orig_mod." + key,
+    "compiled by layer": compiled,
+    "data parallel": lambda key: "module." + key,
+    "both": lambda key: "module._orig_mod." + key,
+    "base model": lambda key: key.removeprefix("model."),
+    "compiled base model": lambda key: "_orig_mod." + key.removeprefix("model."),
+}
+
+
+@pytest.mark.parametrize("case", ["llama", "qwen3"])
+@pytest.mark.parametrize("rename", RENAMED.values(), ids=RENAMED)
+def test_names_of_wrapped_and_of_base_models(tmp_path, case, rename):
+    loaded = load_checkpoint(renamed(tmp_path, case, rename))
+    assert_same_leaves(leaves_of(loaded.params), leaves_of(load_checkpoint(FIXTURES / case).params))
+    assert loaded.dtype == load_checkpoint(FIXTURES / case).dtype
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.rotary_emb.inv_freq",
+        "model.rotary_emb.original_inv_freq",
+        "model.layers.0.self_attn.rotary_emb.inv_freq",
+        "model.layers.1.self_attn.rotary_emb.cos_cached",
+        "_orig_mod.model.rotary_emb.inv_freq",
+    ],
+)
+def test_tables_of_rope_are_not_weights(tmp_path, name):
+    folder = edited(tmp_path, **{name: np.ones(4, np.float32)})
+    loaded = load_checkpoint(folder)
+    assert_same_leaves(
+        leaves_of(loaded.params), leaves_of(load_checkpoint(FIXTURES / "llama").params)
+    )
+
+
+def test_two_names_of_one_tensor_are_both_told(tmp_path):
+    name = "_orig_mod.model.norm.weight"
+    folder = edited(tmp_path, **{name: np.ones(32, np.float32)})
+    with pytest.raises(CheckpointError, match=r"_orig_mod\.model\.norm.*both mean 'model\.norm"):
+        load_checkpoint(folder)
+
+
+def with_config(tmp_path, **changes):
+    """A copy of a fixture with fields of its config.json changed."""
+    folder = edited(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    return folder
+
+
+@pytest.mark.parametrize("layers", [20_000, 2**31 - 1])
+def test_layers_are_counted_in_the_file_before_any_table_is_built(tmp_path, layers):
+    folder = with_config(tmp_path, num_hidden_layers=layers)
+    for read in (load_checkpoint, describe):
+        with pytest.raises(CheckpointError, match=f"{layers} layers.*num_hidden_layers"):
+            read(folder)
+
+
+def test_an_unsupported_config_names_its_folder(tmp_path):
+    with pytest.raises(ConfigError, match=r"In .*llama: rope_theta .*inf"):
+        load_checkpoint(with_config(tmp_path, rope_theta=float("inf")))
+
+
+DEEP = [b"[" * 10**5, b'{"a":' * 10**5, b'{"a":' * 100 + b"1" + b"}" * 100]
+
+
+@pytest.mark.parametrize("contents", [*DEEP, b'{"vocab_size": ' + b"9" * 5000 + b"}", b"\xff"])
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
+def test_json_that_cannot_be_read_names_its_file(tmp_path, name, contents):
+    folder = tmp_path / "qwen2_5_sharded"
+    shutil.copytree(FIXTURES / "qwen2_5_sharded", folder)
+    (folder / name).write_bytes(contents)
+    with pytest.raises(CheckpointError, match=name.replace(".", r"\.")) as caught:
+        load_checkpoint(folder)
+    assert len(str(caught.value)) < 800
+
+
+@pytest.mark.parametrize(
+    "values",
+    [[["x"]], [{}], [None], [5], ["a" * 5000], ["../x"], ["x" * 200 + str(i) for i in range(99)]],
+)
+def test_wrong_kinds_in_the_index_are_told(tmp_path, values):
+    folder = tmp_path / "qwen2_5_sharded"
+    shutil.copytree(FIXTURES / "qwen2_5_sharded", folder)
+    index = folder / "model.safetensors.index.json"
+    raw = json.loads(index.read_text())
+    raw["weight_map"] |= {f"tensor{i}": value for i, value in enumerate(values)}
+    index.write_text(json.dumps(raw))
+    with pytest.raises(CheckpointError, match=r"model\.safetensors\.index\.json") as caught:
+        load_checkpoint(folder)
+    assert len(str(caught.value)) < 1000
+
+
+def test_long_names_of_tensors_are_shortened(tmp_path):
+    names = {"x" * 5000 + str(i): np.ones(2, np.float32) for i in range(9)}
+    with pytest.raises(CheckpointError, match="9 unexpected") as caught:
+        load_checkpoint(edited(tmp_path, **names))
+    assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize("path", ["x" * 5000, "/".join(["y" * 100] * 50)])
+@pytest.mark.parametrize("function", [load_checkpoint, describe])
+def test_a_path_of_5000_characters(function, path):
+    with pytest.raises(CheckpointError, match="checkpoint folder, found none") as caught:
+        function(Path(path))
+    assert len(str(caught.value)) < 500
+
+
+def test_a_pipe_is_no_config(tmp_path):
+    folder = edited(tmp_path)
+    (folder / "config.json").unlink()
+    os.mkfifo(folder / "config.json")
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        load_checkpoint(folder)

@@ -108,6 +108,56 @@ def test_fields_that_change_nothing_are_accepted(changes):
     assert parse(**changes) == parse()
 
 
+THETA = {"rope_theta": 7.0}
+BOTH = {"rope_scaling": LLAMA3_ROPE, "rope_theta": 7.0}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        BOTH,
+        {"rope_parameters": LLAMA3_ROPE | THETA},
+        BOTH | {"rope_parameters": LLAMA3_ROPE | THETA},
+        BOTH | {"rope_parameters": THETA | {"rope_type": "llama3"}},
+        BOTH | {"rope_scaling": LLAMA3_ROPE | {"type": "llama3"}},
+        THETA | {"rope_parameters": LLAMA3_ROPE},
+        BOTH | {"original_max_position_embeddings": 128},
+        BOTH | {"rope_parameters": LLAMA3_ROPE | {"factor": 8, "mscale": None}},
+    ],
+)
+def test_rope_in_either_spelling_or_in_both(changes):
+    config = parse(**changes)
+    assert config.rope_theta == 7.0
+    assert config.rope_scaling == RopeScaling(kind="llama3", factor=8.0, original_max_context=128)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (BOTH | {"rope_parameters": LLAMA3_ROPE | {"factor": 4.0}}, "factor is 8.0 .* 4.0"),
+        (BOTH | {"rope_parameters": {"rope_theta": 9.0}}, "rope_type is 'llama3' .* 'default'"),
+        (BOTH | {"rope_parameters": LLAMA3_ROPE | {"rope_theta": 9.0}}, "7.0 and 9.0"),
+        (BOTH | {"rope_scaling": LLAMA3_ROPE | {"type": "linear"}}, "'llama3' and 'linear'"),
+        (BOTH | {"original_max_position_embeddings": 64}, "64 and 128"),
+        (THETA | {"rope_parameters": {"rope_theta": 8}}, "7.0 and 8.0"),
+    ],
+)
+def test_spellings_that_disagree_are_both_named(changes, words):
+    with pytest.raises(ConfigError, match=rf"should agree.*{words}.*remove the wrong one"):
+        parse(**changes)
+
+
+@pytest.mark.parametrize("beside", [512, 96])
+def test_llama3_scaling_takes_the_pretrained_length_from_beside_it(beside):
+    """As transformers: from the field beside the parameters, else the context."""
+    inner = {name: v for name, v in LLAMA3_ROPE.items() if not name.startswith("original")}
+    outer = {} if beside == 512 else {"original_max_position_embeddings": beside}
+    for field in ("rope_scaling", "rope_parameters"):
+        scaling = parse(**{field: inner}, **outer).rope_scaling
+        assert scaling is not None
+        assert scaling.original_max_context == beside
+
+
 REFUSED = [
     ({"model_type": "mixtral"}, ["model_type", "'mixtral'"]),
     ({"model_type": "qwen3_moe"}, ["model_type", "'qwen3_moe'"]),
@@ -124,6 +174,29 @@ REFUSED = [
     ({"rope_parameters": {"partial_rotary_factor": 0.5}}, ["partial_rotary_factor", "0.5"]),
     ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor", "0.5"]),
     ({"rope_theta": -1.0}, ["rope_theta", "-1.0"]),
+    ({"rope_theta": 0.5}, ["rope_theta", "0.5"]),
+    ({"rope_theta": math.inf}, ["rope_theta", "inf"]),
+    ({"rope_theta": math.nan}, ["rope_theta", "nan"]),
+    ({"rope_theta": 10**400}, ["rope_theta", "inf"]),
+    ({"rope_theta": 1e39}, ["rope_theta", "1e+39"]),
+    ({"rms_norm_eps": math.inf}, ["rms_norm_eps", "inf"]),
+    ({"rms_norm_eps": math.nan}, ["rms_norm_eps", "nan"]),
+    ({"rms_norm_eps": 10**400}, ["rms_norm_eps", "inf"]),
+    ({"rms_norm_eps": 2}, ["rms_norm_eps", "2.0"]),
+    ({"rms_norm_eps": 1e-50}, ["rms_norm_eps", "1e-50"]),
+    ({"rope_scaling": LLAMA3_ROPE | {"factor": math.inf}}, ["factor", "inf"]),
+    ({"rope_scaling": LLAMA3_ROPE | {"high_freq_factor": math.inf}}, ["high_freq", "inf"]),
+    ({"rope_scaling": LLAMA3_ROPE | {"low_freq_factor": math.nan}}, ["low_freq_factor", "nan"]),
+    *(
+        (
+            {"rope_scaling": LLAMA3_ROPE | {"original_max_position_embeddings": length}},
+            ["original_max_position_embeddings"],
+        )
+        for length in (0, -5, 10**12)
+    ),
+    ({"max_position_embeddings": 10**12}, ["max_context", "1000000000000"]),
+    ({"hidden_size": 10**80}, ["hidden_size"]),
+    ({"num_hidden_layers": 2**31 - 1, "hidden_size": 2**20}, ["weights"]),
     ({"rms_norm_eps": 0.0}, ["rms_norm_eps", "0.0"]),
     ({"rms_norm_eps": "small"}, ["rms_norm_eps", "'small'"]),
     ({"use_sliding_window": True, "sliding_window": 128}, ["use_sliding_window", "True"]),

@@ -152,12 +152,15 @@ def test_missing_or_damaged_tokenizer_is_named(tmp_path, contents):
 @pytest.mark.parametrize(
     "name", ["tokenizer_config", "special_tokens_map", "generation_config", "config"]
 )
-@pytest.mark.parametrize("contents", [b"{", b"[1]", b"\xff"])
+@pytest.mark.parametrize(
+    "contents", [b"{", b"[1]", b"\xff", b"[" * 10**5, b'{"a":' * 10**5, b'{"x": ' + b"9" * 5000]
+)
 def test_damaged_settings_are_named(tmp_path, name, contents):
     write(tmp_path)
     (tmp_path / f"{name}.json").write_bytes(contents)
-    with pytest.raises(CheckpointError, match=rf"{name}\.json"):
+    with pytest.raises(CheckpointError, match=rf"{name}\.json") as caught:
         load_tokenizer(tmp_path)
+    assert len(str(caught.value)) < 600
 
 
 @pytest.mark.parametrize(
@@ -170,6 +173,10 @@ def test_damaged_settings_are_named(tmp_path, name, contents):
         ({"generation_config": {"eos_token_id": "</s>"}}, "eos_token_id"),
         ({"config": {"eos_token_id": [1, -2]}}, "eos_token_id"),
         ({"config": {"bos_token_id": True}}, "bos_token_id"),
+        ({"config": {"eos_token_id": 2**31}}, r"config\.json.*eos_token_id|eos_token_id.*config"),
+        ({"config": {"eos_token_id": 10**400}}, r"eos_token_id in .*config\.json"),
+        ({"config": {"eos_token_id": [1, 300], "vocab_size": 300}}, "below 300"),
+        ({"config": {"vocab_size": 300}, "generation_config": {"eos_token_id": 300}}, "generation"),
     ],
 )
 def test_contradictory_settings_are_refused(tmp_path, files, words):

@@ -1,0 +1,72 @@
+"""JSON objects from files that anybody may have written."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from ssd_jax.errors import CheckpointError, shortened
+
+MAX_DEPTH = 64
+
+
+def shown_path(path: Path) -> str:
+    """The path as a message shows it."""
+    return shortened(str(path), 200)
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is a regular file; no for a path that the system cannot look up."""
+    return os.path.isfile(path)  # Path.is_file raises for a name that is too long
+
+
+def read_text(path: Path) -> str:
+    """Contents of a UTF-8 text file.
+
+    Raises:
+        CheckpointError: no regular file, not readable, or not UTF-8.
+    """
+    try:
+        if os.path.exists(path) and not is_file(path):
+            raise OSError("it is not a regular file")  # reading a pipe would wait for ever
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(
+            f"Expected UTF-8 text in {shown_path(path)}, but it cannot be read "
+            f"({shortened(str(error), 200)}); fetch that file again."
+        ) from error
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        CheckpointError: the file is unreadable, not JSON, nested too deep, or not an object.
+    """
+    text = read_text(path)
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"Expected JSON in {shown_path(path)}, but it cannot be read "
+            f"({shortened(str(error), 200)}); fetch that file again."
+        ) from error
+    if not isinstance(value, dict):
+        raise CheckpointError(
+            f"Expected a JSON object in {shown_path(path)}, got a {type(value).__name__}; "
+            "fetch that file again."
+        )
+    level: list[Any] = [value]
+    for _ in range(MAX_DEPTH):
+        containers = [item for item in level if isinstance(item, dict | list)]
+        level = [
+            child
+            for item in containers
+            for child in (item.values() if isinstance(item, dict) else item)
+        ]
+    if level:
+        raise CheckpointError(
+            f"Expected JSON of at most {MAX_DEPTH} levels in {shown_path(path)}, got more; "
+            "fetch that file again."
+        )
+    return value
