@@ -24,6 +24,7 @@ from ssd_jax.checkpointing.hf_names import leaf_specs
 from ssd_jax.checkpointing.leaves import weight_dtype
 from ssd_jax.checkpointing.safetensors_files import CONFIG_FILE, INDEX_FILE
 from ssd_jax.config import ModelConfig
+from ssd_jax.json_text import to_json
 
 # A child inherits its parent's ru_maxrss; VmHWM, which counts from its own start, it does not.
 _REPORT_PEAK = """
@@ -89,7 +90,7 @@ def main() -> None:
         "peak_over_largest_leaf": round((peak - base_peak) / largest_leaf, 2),
         "seconds": round(seconds, 2),
     }
-    print(json.dumps(record))
+    print(to_json(record))
 
 
 def _config_of_size(num_params: float) -> ModelConfig:

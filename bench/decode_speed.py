@@ -10,12 +10,13 @@ readers. Medians over interleaved rounds; one JSON record on stdout.
 """
 
 import argparse
-import json
 import os
 import resource
 import statistics
 import time
 from collections.abc import Callable
+
+from ssd_jax.json_text import to_json
 
 
 def main() -> None:
@@ -32,7 +33,7 @@ def main() -> None:
     for name in ("NPROC", "OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"):
         os.environ[name] = str(len(cores))
     records = [measure(dtype, args.tokens, args.rounds, args.scan) for dtype in args.dtype]
-    print(json.dumps({"threads": len(cores), "decode": records}, indent=2))
+    print(to_json({"threads": len(cores), "decode": records}, indent=2))
 
 
 def measure(dtype: str, num_tokens: int, rounds: int, with_scan: bool) -> dict[str, object]:

@@ -8,7 +8,6 @@ Everything is compiled ahead of time, so no GPU is needed but the compiling envi
 
 import argparse
 import dataclasses
-import json
 import pathlib
 import sys
 from typing import Any
@@ -17,6 +16,7 @@ from pallas_kernels.attention_config import forward_config, paired
 from pallas_kernels.proof import cycles
 from pallas_kernels.proof.ahead_of_time import AheadOfTimeError, compile_case, missing
 from pallas_kernels.proof.targets import B200, H200, Target
+from ssd_jax.json_text import to_json
 
 CASES = pathlib.Path(__file__).parents[1] / "tests" / "kernels"
 
@@ -163,7 +163,7 @@ def main() -> None:
     for row in rows:
         print(" | ".join(str(row.get(column, "")) for column in columns), row.get("error", ""))
     if arguments.json is not None:
-        arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+        arguments.json.write_text(to_json(rows, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ one token a row. `empty` is the same loop without drafting. One JSON record on s
 
 import argparse
 import functools
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -27,6 +26,7 @@ from ssd_jax.drafting.ngram import (
     learn_prompt,
     update_ngram,
 )
+from ssd_jax.json_text import to_json
 
 ROUNDS = 512
 
@@ -68,7 +68,7 @@ def main() -> None:
         for (name, batch_size, context), values in seconds.items()
     ]
     device = jax.devices()[0].device_kind
-    print(json.dumps({"device": device, "max_draft": args.draft, "cost": records}, indent=2))
+    print(to_json({"device": device, "max_draft": args.draft, "cost": records}, indent=2))
 
 
 def prepare(

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 
 from ssd_jax.errors import ConfigError, RequestError
+from ssd_jax.json_text import to_json
 from ssd_jax.whole_file import write_whole
 
 SCHEMA = 2  # of the records of `ssd-jax bench run`; raised when a field changes its meaning
@@ -44,7 +45,7 @@ def write_record(record: dict[str, object], path: Path | None) -> None:
     Raises:
         ConfigError: the file cannot be written.
     """
-    text = json.dumps(record, indent=2) + "\n"
+    text = to_json(record, indent=2) + "\n"
     if path is None:
         print(text, end="")
         return

@@ -8,10 +8,14 @@ within one verification. Source: Saguaro paper, section on fan-out (Theorem 12),
 import dataclasses
 import heapq
 from collections.abc import Sequence
+from typing import Annotated
 
 import numpy as np
 
 from ssd_jax.errors import RequestError
+from ssd_jax.field_checks import MAX_INT32, Range, check_fields
+
+type Guesses = Annotated[int, Range(f"from 0 to {MAX_INT32}", lambda n: n >= 0)]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,13 +25,13 @@ class FanOut:
     The two differ because a fallback draft is accepted less often than a prepared one.
     """
 
-    after_hit: tuple[int, ...]
-    after_miss: tuple[int, ...]
+    after_hit: tuple[Guesses, ...]
+    after_miss: tuple[Guesses, ...]
 
     def __post_init__(self) -> None:
+        check_fields(self, "{} of a fan-out")
         for counts in (self.after_hit, self.after_miss):
-            whole = all(isinstance(n, int) and not isinstance(n, bool) for n in counts)
-            if not counts or not whole or min(counts) < 0 or sum(counts) == 0:
+            if sum(counts) == 0:
                 raise RequestError(
                     "A fan-out must be whole numbers from 0 on, one for each number of accepted "
                     f"tokens and not all 0, got {counts!r}."

@@ -19,6 +19,7 @@ from ssd_jax.engine.method import Method, autoregressive, speculative
 from ssd_jax.engine.speculation import Speculation, check_options, check_pair
 from ssd_jax.engine.ssd import speculative_speculative
 from ssd_jax.engine.ssd_options import SSD
+from ssd_jax.field_checks import check
 from ssd_jax.model import Model
 from ssd_jax.sampling_params import SamplingParams
 from ssd_jax.text import TextStream
@@ -125,6 +126,7 @@ def choose_method(
     Raises:
         ConfigError, RequestError, MemoryBudgetError: what does not go together, in words.
     """
+    check("speculation", speculation, Speculation | SSD | None)
     if speculation is None:
         return autoregressive(model), make_batch(model, requests)
     if speculation.draft is not None:
@@ -195,7 +197,7 @@ class _Row:
         self._text: list[str] = []
         self._stream = None
         if model.tokenizer is not None:
-            self._stream = TextStream(model.tokenizer, stops=request.params.stop)
+            self._stream = TextStream(model.tokenizer, stops=tuple(request.params.stop))
 
     def advance(
         self,

@@ -9,6 +9,8 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+from ssd_jax.json_text import to_json
+
 
 def main() -> None:
     """Run one case: function, options as JSON, file for the rows."""
@@ -23,7 +25,7 @@ def main() -> None:
 
         def tell(what: str, figure: str, ok: bool = True, **details: Any) -> None:  # noqa: ANN401
             """One row: what was looked at, what was found, and whether that is right."""
-            rows.write(json.dumps({"what": what, "figure": figure, "ok": bool(ok), **details}))
+            rows.write(to_json({"what": what, "figure": figure, "ok": bool(ok), **details}))
             rows.write("\n")
             rows.flush()
 

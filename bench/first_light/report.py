@@ -1,12 +1,12 @@
 """The record of a run as JSON, and as tables in Markdown."""
 
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from bench.first_light.cases import STAGES
 from bench.markdown import table
+from ssd_jax.json_text import to_json
 from ssd_jax.whole_file import write_whole
 
 SCHEMA = 1
@@ -18,7 +18,7 @@ type Result = dict[str, Any]
 def write(folder: Path, results: Sequence[Result], *, dry_run: bool, seconds: float) -> None:
     """Both files, replaced in one go."""
     record = {"schema": SCHEMA, "dry_run": dry_run, "seconds": seconds, "cases": list(results)}
-    write_whole(folder / JSON_NAME, (json.dumps(record, indent=1) + "\n").encode())
+    write_whole(folder / JSON_NAME, (to_json(record, indent=1) + "\n").encode())
     write_whole(folder / TABLE_NAME, as_markdown(results).encode())
 
 

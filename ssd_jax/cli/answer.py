@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import json
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -11,6 +10,7 @@ from ssd_jax.cli.compile_clock import CompileClock
 from ssd_jax.engine.speculation import Speculation
 from ssd_jax.engine.ssd_options import SSD
 from ssd_jax.generation import Completion, stream
+from ssd_jax.json_text import to_json
 from ssd_jax.model import Model
 from ssd_jax.sampling_params import SamplingParams
 
@@ -68,7 +68,7 @@ def print_answer(
     write = _print_piece if streaming else _drop
     answer = _decode(model, speculation, prompt_ids, params, write)
     if args.json:
-        print(json.dumps(_as_json(answer, params)), flush=True)
+        print(to_json(_as_json(answer, params)), flush=True)
     else:
         print("" if streaming else answer.text, flush=True)
     if not args.quiet:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from ssd_jax.cli.flags import add_shared_flags, sampling_params
+from ssd_jax.cli.flags import add_shared_flags, check_output_flags, sampling_params
 from ssd_jax.errors import RequestError, SsdJaxError
 
 if TYPE_CHECKING:
@@ -33,6 +33,8 @@ def run_chat(args: argparse.Namespace) -> int:
     Raises:
         SsdJaxError: no model, no chat template, or (not on a terminal) a turn that is refused.
     """
+    check_output_flags(args)
+
     from ssd_jax.cli.answer import print_answer
     from ssd_jax.cli.session import open_model
     from ssd_jax.cli.speculation import open_speculation

@@ -2,13 +2,13 @@
 
 import argparse
 import importlib.metadata
-import json
 import os
 import platform
 from pathlib import Path
 from typing import Any, Literal
 
 from ssd_jax.cli.environment import cache_folder, unwritable_reason
+from ssd_jax.json_text import to_json
 
 _PACKAGES = (
     "ssd-jax",
@@ -41,7 +41,7 @@ def add_doctor_arguments(parser: argparse.ArgumentParser) -> None:
 def run_doctor(args: argparse.Namespace) -> int:
     """1 if there is a problem, else 0, after the findings went to stdout."""
     findings = examine(args.compilation_cache)
-    print(json.dumps(findings, indent=2) if args.json else describe(findings))
+    print(to_json(findings, indent=2) if args.json else describe(findings))
     return 1 if findings["problems"] else 0
 
 

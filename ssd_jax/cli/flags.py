@@ -42,6 +42,16 @@ def add_shared_flags(parser: argparse.ArgumentParser) -> None:
     add_device_flags(parser.add_argument_group("device"))
 
 
+def check_output_flags(args: argparse.Namespace) -> None:
+    """Refuse what would be computed and never be printed.
+
+    Raises:
+        RequestError: naming the flag.
+    """
+    if args.logprobs is not None and not args.json:
+        raise RequestError("--logprobs are printed with --json only: add --json, or leave it out.")
+
+
 def sampling_params(args: argparse.Namespace, room: int) -> SamplingParams:
     """The sampling options that the arguments ask for; `room` tokens are left in the context.
 

@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from ssd_jax.cli.flags import add_shared_flags, sampling_params
+from ssd_jax.cli.flags import add_shared_flags, check_output_flags, sampling_params
 from ssd_jax.errors import RequestError
 
 _INTERRUPTED_CODE = 130
@@ -36,6 +36,7 @@ def run_generate(args: argparse.Namespace) -> int:
     Raises:
         SsdJaxError: the model or the request cannot be served.
     """
+    check_output_flags(args)
     _check_timeline(args)
     prompt = _read_stdin() if args.prompt == "-" else args.prompt
 

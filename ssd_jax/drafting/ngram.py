@@ -6,7 +6,7 @@ mass. Texts only grow; a row that takes up another text needs a fresh state.
 """
 
 import dataclasses
-from typing import Literal, get_args
+from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from ssd_jax.drafting.ngram_map import MapState, draft_map, init_map, update_map
 from ssd_jax.drafting.ngram_mod import ModState, draft_mod, init_mod, update_mod
 from ssd_jax.drafting.ngram_simple import SimpleState, draft_simple, init_simple, update_simple
 from ssd_jax.errors import RequestError
+from ssd_jax.field_checks import MAX_INT32, Range, check_fields
 from ssd_jax.types import Draft
 
 NgramKind = Literal["simple", "map", "mod"]
@@ -51,36 +52,25 @@ class NgramConfig:
     """
 
     kind: NgramKind = "simple"
-    n: int | None = None
-    max_draft: int = 11
-    min_draft: int = 1
-    min_hits: int = 1
-    table_size: int = 1 << 22
+    n: Annotated[int, Range(f"from 1 to {MAX_N}", lambda n: 1 <= n <= MAX_N)] | None = None
+    max_draft: Annotated[int, Range(f"from 1 to {MAX_DRAFT}", lambda n: 1 <= n <= MAX_DRAFT)] = 11
+    min_draft: Annotated[int, Range("from 1 to max_draft", lambda n: n >= 1)] = 1
+    min_hits: Annotated[int, Range(f"from 1 to {MAX_INT32}", lambda n: n >= 1)] = 1
+    table_size: Annotated[
+        int,
+        Range(
+            f"that is a power of two up to {MAX_TABLE_SIZE}",
+            lambda n: 1 <= n <= MAX_TABLE_SIZE and n & (n - 1) == 0,
+        ),
+    ] = 1 << 22
 
     def __post_init__(self) -> None:
-        kinds = get_args(NgramKind)
-        _require(self.kind in kinds, "kind", f"one of {', '.join(kinds)}", self.kind)
-        _require(self.n is None or 1 <= self.n <= MAX_N, "n", f"from 1 to {MAX_N} tokens", self.n)
-        _require(
-            1 <= self.max_draft <= MAX_DRAFT,
-            "max_draft",
-            f"from 1 to {MAX_DRAFT} tokens",
-            self.max_draft,
-        )
-        _require(
-            1 <= self.min_draft <= self.max_draft,
-            "min_draft",
-            f"from 1 to max_draft ({self.max_draft}) tokens",
-            self.min_draft,
-        )
-        _require(self.min_hits >= 1, "min_hits", "at least 1", self.min_hits)
-        size = self.table_size
-        _require(
-            1 <= size <= MAX_TABLE_SIZE and size & (size - 1) == 0,
-            "table_size",
-            f"a power of two up to {MAX_TABLE_SIZE}",
-            size,
-        )
+        check_fields(self, "{} of n-gram drafting")
+        if self.min_draft > self.max_draft:
+            raise RequestError(
+                f"min_draft of n-gram drafting must be at most max_draft ({self.max_draft}), "
+                f"got {self.min_draft}."
+            )
 
     @property
     def context_len(self) -> int:
@@ -170,8 +160,3 @@ def draft_ngram(
             return draft_mod(
                 state, tokens, lengths, n=n, max_draft=max_draft, min_draft=config.min_draft
             )
-
-
-def _require(holds: bool, name: str, expected: str, value: object) -> None:
-    if not holds:
-        raise RequestError(f"{name} of n-gram drafting must be {expected}, got {value!r}.")

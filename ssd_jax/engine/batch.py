@@ -12,10 +12,13 @@ from ssd_jax.buckets import bucket_batch, bucket_count, bucket_slots, prefill_ch
 from ssd_jax.config import ModelConfig
 from ssd_jax.decoding.finish import Finish
 from ssd_jax.errors import RequestError
+from ssd_jax.field_checks import check
 from ssd_jax.memory import batch_bytes, require_memory
 from ssd_jax.model import Model
 from ssd_jax.sampling_params import SamplingParams
 from ssd_jax.types import Sampling
+
+type Prompts = Sequence[str | Sequence[int]]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,10 +56,13 @@ def make_requests(
         for
             than the context holds, or numbers of prompts and options that differ.
     """
+    check("model", model, Model)
     if isinstance(prompts, str):
         raise RequestError(
             "prompts must be a list of texts or of token ids, got one text: wrap it."
         )
+    prompts = check("prompts", prompts, Prompts)
+    params = check("params", params, SamplingParams | Sequence[SamplingParams])
     if isinstance(params, SamplingParams):
         params = [params] * len(prompts)
     if len(params) != len(prompts) or not prompts:
@@ -76,7 +82,7 @@ def _make_request(model: Model, prompt: str | Sequence[int], params: SamplingPar
             raise RequestError("This model has no tokenizer: give the prompt as token ids.")
         ids = tuple(model.tokenizer.encode(prompt))
     else:
-        ids = tuple(int(token) for token in prompt)
+        ids = tuple(prompt)
     context, vocab_size = model.config.max_context, model.config.vocab_size
     if not ids:
         raise RequestError(

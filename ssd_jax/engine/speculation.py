@@ -2,12 +2,13 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import get_args
+from typing import Annotated
 
 from ssd_jax.decoding.speculative import verify_widths
 from ssd_jax.drafting.drafter import CombinedDrafter, ModelDrafter, NgramDrafter, NoDrafter
 from ssd_jax.drafting.ngram import NgramConfig
 from ssd_jax.errors import ConfigError, RequestError
+from ssd_jax.field_checks import Probability, Range, check_fields, shown
 from ssd_jax.model import Model
 from ssd_jax.sampling_params import SamplingParams
 from ssd_jax.text import Tokenizer
@@ -16,19 +17,26 @@ from ssd_jax.verification import Verification
 MAX_DRAFT_LEN = 64
 DEFAULT_DRAFT_LEN = 4
 
+type DraftLen = Annotated[
+    int, Range(f"from 1 to {MAX_DRAFT_LEN}", lambda n: 1 <= n <= MAX_DRAFT_LEN)
+]
+type RoundTime = Annotated[
+    float, Range("above 0 (infinity for a draft never made)", lambda s: s > 0, wide=True)
+]
+
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class RoundTimes:
     """Seconds of a round, by drafter and by how many tokens it proposes, from 0 on."""
 
-    seconds: tuple[tuple[float, ...], ...]
+    seconds: tuple[tuple[RoundTime, ...], ...]
 
     def __post_init__(self) -> None:
-        times = [time for row in self.seconds for time in row]
-        if not all(time > 0 for time in times) or len({len(row) for row in self.seconds}) > 1:
+        check_fields(self, "{} of round_times")
+        if len({len(row) for row in self.seconds}) > 1:
             raise RequestError(
-                "round_times must be positive seconds, one row of equal length for each drafter, "
-                f"got {self.seconds!r}."
+                "seconds of round_times must be one row of equal length for each drafter, got "
+                f"{shown(self.seconds)}."
             )
 
     @property
@@ -62,15 +70,14 @@ class Speculation:
 
     draft: Model | None = None
     ngram: NgramConfig | None = None
-    draft_len: int = DEFAULT_DRAFT_LEN
+    draft_len: DraftLen = DEFAULT_DRAFT_LEN
     verification: Verification = "coupled"
     round_times: RoundTimes | None = None
     exact: bool = False
-    synthetic_acceptance: float | None = None
+    synthetic_acceptance: Probability | None = None
 
     def __post_init__(self) -> None:
-        check_draft_len(self.draft_len)
-        check_verification(self.verification, self.synthetic_acceptance)
+        check_fields(self)
         if self.draft is None and self.ngram is None and not self.exact:
             raise RequestError(
                 "Speculation needs someone who drafts, got neither a draft model nor n-gram "
@@ -118,31 +125,6 @@ class Speculation:
         """Tokens in a pass of the target (see `verify_widths`)."""
         may_decline = self.drafter.may_decline and not self.exact
         return verify_widths(self.longest_draft, may_decline=may_decline)
-
-
-def check_draft_len(draft_len: object) -> None:
-    """Refuse a draft length that is no whole number from 1 to `MAX_DRAFT_LEN`."""
-    if (
-        not isinstance(draft_len, int)
-        or isinstance(draft_len, bool)
-        or not 1 <= draft_len <= MAX_DRAFT_LEN
-    ):
-        raise RequestError(
-            f"draft_len must be from 1 to {MAX_DRAFT_LEN} tokens, got {draft_len!r}."
-        )
-
-
-def check_verification(verification: str, synthetic_acceptance: float | None) -> None:
-    """Refuse an unknown rule, and an acceptance that is no probability."""
-    if verification not in get_args(Verification):
-        raise RequestError(
-            f"verification must be one of {', '.join(get_args(Verification))}, "
-            f"got {verification!r}."
-        )
-    if synthetic_acceptance is not None and not 0 <= synthetic_acceptance <= 1:
-        raise RequestError(
-            f"synthetic_acceptance must be a probability from 0 to 1, got {synthetic_acceptance!r}."
-        )
 
 
 def check_options(verification: Verification, params: Sequence[SamplingParams]) -> None:

@@ -1,13 +1,15 @@
 """What speculative speculative decoding is asked to do."""
 
 import dataclasses
-from typing import Literal, get_args
+from collections.abc import Sequence
+from typing import Literal
 
 from ssd_jax.decoding.ssd import Speculator
 from ssd_jax.drafting.ngram import NgramConfig
-from ssd_jax.engine.speculation import DEFAULT_DRAFT_LEN, check_draft_len, check_verification
+from ssd_jax.engine.speculation import DEFAULT_DRAFT_LEN, DraftLen
 from ssd_jax.errors import RequestError
-from ssd_jax.fan_out import FanOut, uniform_fan_out
+from ssd_jax.fan_out import FanOut, Guesses, uniform_fan_out
+from ssd_jax.field_checks import Probability, check_fields
 from ssd_jax.model import Model
 from ssd_jax.placement import branch_mesh
 from ssd_jax.verification import Verification
@@ -42,21 +44,24 @@ class SSD:
     """
 
     draft: Model
-    draft_len: int = DEFAULT_DRAFT_LEN
-    fan_out: FanOut | tuple[int, ...] | int = DEFAULT_GUESSES
+    draft_len: DraftLen = DEFAULT_DRAFT_LEN
+    fan_out: FanOut | Sequence[Guesses] | Guesses = DEFAULT_GUESSES
     fallback: Fallback = "neural"
     ngram: NgramConfig = dataclasses.field(default_factory=NgramConfig)
     verification: Verification = "coupled"
-    miss_weight: float = 1.0
-    synthetic_acceptance: float | None = None
-    synthetic_hit_rate: float | None = None
+    miss_weight: Probability = 1.0
+    synthetic_acceptance: Probability | None = None
+    synthetic_hit_rate: Probability | None = None
 
     def __post_init__(self) -> None:
-        check_draft_len(self.draft_len)
-        check_verification(self.verification, self.synthetic_acceptance)
+        check_fields(self)
         object.__setattr__(self, "fan_out", self.both_fan_outs)
-        check_preparation(self.draft_len, self.both_fan_outs, self.fallback, self.miss_weight)
-        check_synthetic_hits(self.synthetic_hit_rate, self.synthetic_acceptance)
+        check_fan_out(self.draft_len, self.both_fan_outs)
+        if self.synthetic_hit_rate is not None and self.synthetic_acceptance is None:
+            raise RequestError(
+                "synthetic_hit_rate is for rounds whose acceptance is made up as well: give "
+                "synthetic_acceptance too, or leave it out."
+            )
         if self.miss_weight != 1 and self.verification != "rejection":
             raise RequestError(
                 "miss_weight reweights the law that drafts are drawn from, which only verification "
@@ -100,42 +105,19 @@ class SSD:
             fan_out=self.both_fan_outs,
             verification=self.verification,
             ngram=self.own_ngram,
-            miss_weight=float(self.miss_weight),
+            miss_weight=self.miss_weight,
             mesh=branch_mesh(self.draft),
         )
 
 
-def check_synthetic_hits(hit_rate: float | None, acceptance: float | None) -> None:
-    """Refuse a hit rate that is no probability, or that would pass for the models' own output.
+def check_fan_out(draft_len: int, fan_out: FanOut) -> None:
+    """Refuse a fan-out that is not for drafts of this length.
 
     Raises:
-        RequestError: naming it.
-    """
-    if hit_rate is None:
-        return
-    if not 0 <= hit_rate <= 1:
-        raise RequestError(
-            f"synthetic_hit_rate must be a probability from 0 to 1, got {hit_rate!r}."
-        )
-    if acceptance is None:
-        raise RequestError(
-            "synthetic_hit_rate is for rounds whose acceptance is made up as well: give "
-            "synthetic_acceptance too, or leave it out."
-        )
-
-
-def check_preparation(draft_len: int, fan_out: FanOut, fallback: str, miss_weight: float) -> None:
-    """Refuse options of preparing drafts that are out of range or do not go together.
-
-    Raises:
-        RequestError: naming the first such option.
+        RequestError: with both lengths.
     """
     if len(fan_out.after_hit) != draft_len + 1:
         raise RequestError(
             f"A fan-out for draft_len {draft_len} has {draft_len + 1} numbers (for 0 to "
             f"{draft_len} accepted tokens), got {len(fan_out.after_hit)}."
         )
-    if fallback not in get_args(Fallback):
-        raise RequestError(f"fallback must be neural or ngram, got {fallback!r}.")
-    if not 0 <= miss_weight <= 1:
-        raise RequestError(f"miss_weight must be from 0 to 1, got {miss_weight!r}.")

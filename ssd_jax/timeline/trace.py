@@ -1,8 +1,8 @@
 """A timeline in the Trace Event format, which Perfetto and Chrome's tracing page show."""
 
-import json
 from collections.abc import Sequence
 
+from ssd_jax.json_text import to_json
 from ssd_jax.timeline.rounds import Interval, Round
 
 TARGET, DRAFT = 1, 2  # threads of the one process; the order in which they are shown
@@ -25,7 +25,7 @@ def trace_json(rounds: Sequence[Round]) -> str:
             _span("verify", TARGET, one.verify, details),
             _span("prepare", DRAFT, one.prepare, details),
         ]
-    return json.dumps({"traceEvents": events, "displayTimeUnit": "ms"})
+    return to_json({"traceEvents": events, "displayTimeUnit": "ms"})
 
 
 def _name(kind: str, thread: int, name: str) -> dict[str, object]:

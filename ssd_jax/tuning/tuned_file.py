@@ -4,12 +4,13 @@ import dataclasses
 import json
 import tomllib
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Annotated, Any, get_type_hints
 
-from ssd_jax.engine.speculation import check_draft_len
-from ssd_jax.engine.ssd_options import check_preparation
-from ssd_jax.errors import ConfigError, RequestError, SsdJaxError
-from ssd_jax.fan_out import FanOut
+from ssd_jax.engine.speculation import DraftLen
+from ssd_jax.engine.ssd_options import Fallback, check_fan_out
+from ssd_jax.errors import ConfigError, SsdJaxError
+from ssd_jax.fan_out import FanOut, Guesses
+from ssd_jax.field_checks import Probability, Range, check, check_fields
 from ssd_jax.tuning.speed import Setting, Times
 from ssd_jax.verification import Verification
 from ssd_jax.whole_file import write_whole
@@ -40,16 +41,16 @@ _COMMENTS = {
 class Choice:
     """The options as the file has them; see `Setting`."""
 
-    draft_len: int
-    fan_out_after_hit: tuple[int, ...]
-    fan_out_after_miss: tuple[int, ...]
-    fallback: str
-    miss_weight: float
+    draft_len: DraftLen
+    fan_out_after_hit: tuple[Guesses, ...]
+    fan_out_after_miss: tuple[Guesses, ...]
+    fallback: Fallback
+    miss_weight: Probability
 
     def __post_init__(self) -> None:
-        check_draft_len(self.draft_len)
+        check_fields(self)
         fan_out = FanOut(after_hit=self.fan_out_after_hit, after_miss=self.fan_out_after_miss)
-        check_preparation(self.draft_len, fan_out, self.fallback, self.miss_weight)
+        check_fan_out(self.draft_len, fan_out)
 
     @property
     def setting(self) -> Setting:
@@ -57,7 +58,7 @@ class Choice:
         return Setting(
             draft_len=self.draft_len,
             fan_out=FanOut(after_hit=self.fan_out_after_hit, after_miss=self.fan_out_after_miss),
-            fallback="ngram" if self.fallback == "ngram" else "neural",
+            fallback=self.fallback,
             miss_weight=self.miss_weight,
         )
 
@@ -71,7 +72,7 @@ class Expected:
     round_s: float
     tokens_per_s: float
     autoregressive_tokens_per_s: float
-    crossover_batch: float
+    crossover_batch: Annotated[float, Range("above 0", lambda rows: rows > 0, wide=True)]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,14 +97,9 @@ class Measured:
     cpu_cores: int
     jax: str
     batch_size: int
-    verification: str
+    verification: Verification
     temperature: float
     num_prompts: int
-
-    def __post_init__(self) -> None:
-        if self.verification not in get_args(Verification):
-            names = ", ".join(get_args(Verification))
-            raise RequestError(f"verification must be of {names}, got {self.verification!r}.")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,11 +175,9 @@ def _read_table(kind: Any, table: object, name: str) -> Any:  # noqa: ANN401 (on
     if not isinstance(table, dict):
         raise ConfigError(f"[{name}] should be a table, got {table!r}.")
     _same_names(kind, table, f"[{name}]")
+    hints = get_type_hints(kind, include_extras=True)
     return kind(
-        **{
-            field.name: _convert(table[field.name], field.type, f"{name}.{field.name}")
-            for field in dataclasses.fields(kind)
-        }
+        **{entry: check(f"{name}.{entry}", value, hints[entry]) for entry, value in table.items()}
     )
 
 
@@ -192,16 +186,3 @@ def _same_names(kind: Any, table: dict[str, Any], where: str) -> None:  # noqa: 
     for problem, names in (("knows no", set(table) - wanted), ("lacks", wanted - set(table))):
         if names:
             raise ConfigError(f"{where} {problem} {', '.join(sorted(names))}.")
-
-
-def _convert(value: Any, kind: Any, name: str) -> Any:  # noqa: ANN401 (TOML's, and of that type)
-    """The value as its field has it: lists become tuples, whole numbers may stand for others."""
-    if get_origin(kind) is tuple:
-        members = [member for member in get_args(kind) if member is not Ellipsis]
-        if isinstance(value, list):
-            return tuple(_convert(entry, members[0], name) for entry in value)
-        raise ConfigError(f"{name} should be a list, got {value!r}.")
-    allowed = (int, float) if kind is float else kind
-    if not isinstance(value, allowed) or isinstance(value, bool):
-        raise ConfigError(f"{name} should be of type {kind.__name__}, got {value!r}.")
-    return kind(value)

@@ -61,6 +61,21 @@ def test_json_is_one_object_with_everything(generate, expected):
         assert len(entry["top"]) == 2
 
 
+def test_json_has_no_infinity_where_alternatives_are_impossible(generate):
+    """A law cut to one token gives the others no probability at all."""
+    options = ("--temperature", "1", "--top-k", "1", "--logprobs", "3")
+    outcome = generate("the cat", "--json", *options)
+    assert "Infinity" not in outcome.out
+    for entry in json.loads(outcome.out)["logprobs"]:
+        assert [value for _, value in entry["top"]] == [0.0, None, None]
+
+
+def test_log_probabilities_that_nobody_would_see_are_refused(generate):
+    outcome = generate("the cat", "--logprobs", "2")
+    assert (outcome.code, outcome.out) == (2, "")
+    assert "--logprobs are printed with --json only: add --json, or leave it out." in outcome.err
+
+
 def test_the_seed_decides_a_sampled_text(generate):
     outputs = [generate("the cat", "--temperature", "1", "--seed", seed).out for seed in (1, 2, 1)]
     assert outputs[0] == outputs[2] != outputs[1]

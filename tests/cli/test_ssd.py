@@ -90,7 +90,7 @@ def test_what_does_not_go_together_is_refused(generate, argv, fragment):
         (("-k", "65"), "from 1 to 64"),
         (("--fan-out", "0"), "not all 0"),
         (("--fan-out", "999"), "at most as many tokens as the vocabulary has (128), got 999"),
-        (("--miss-weight", "2", "--verification", "rejection"), "miss_weight must be from 0 to 1"),
+        (("--miss-weight", "2", "--verification", "rejection"), "from 0 to 1, got 2.0"),
         (("--miss-weight", "0.5"), "only verification rejection knows"),
         (
             ("--verification", "greedy", "--temperature", "0.5"),

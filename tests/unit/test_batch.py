@@ -115,7 +115,7 @@ REFUSED = [
     ("bare", [[-1]], {}, ["0 to 63", "got -1"]),
     ("bare", [[1]], {"logit_bias": {70: 1.0}}, ["0 to 63", "got 70"]),
     ("bare", [[1]], {"stop_token_ids": (99,)}, ["0 to 63", "got 99"]),
-    ("bare", [[1]], {"stop_token_ids": (-1,)}, ["0 to 63", "got -1"]),
+    ("bare", [[1]], {"stop_token_ids": (-1,)}, ["from 0 to", "got -1"]),
     ("bare", [[1] * 1024], {}, ["1024 tokens", "1023"]),
     ("bare", [[1] * 2000], {"max_tokens": 1}, ["2000 tokens", "1024"]),
     ("bare", [[1] * 1000], {"max_tokens": 25}, ["1000 tokens", "max_tokens 25", "to 24"]),

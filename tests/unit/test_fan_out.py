@@ -135,7 +135,7 @@ BAD_LISTS = [(), (0, 0), (1, -1), (1, 2.0), (True, 1), ("1", 2)]
 @pytest.mark.parametrize("counts", BAD_LISTS)
 def test_bad_lists_are_refused(counts):
     for both in ((counts, (1,) * len(counts)), ((1,) * len(counts), counts)):
-        with pytest.raises(RequestError, match=r"whole numbers from 0 on.*not all 0, got \("):
+        with pytest.raises(RequestError, match=r"fan-out must be .*whole number.* from 0 .*, got "):
             FanOut(after_hit=both[0], after_miss=both[1])
 
 

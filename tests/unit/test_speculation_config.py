@@ -117,7 +117,7 @@ def test_someone_must_draft_unless_passes_are_only_made_equally_wide():
 
 @pytest.mark.parametrize("seconds", [((1.0, 0.0),), ((1.0, -1.0),), ((1.0, float("nan")),)])
 def test_times_must_be_positive(seconds):
-    with pytest.raises(RequestError, match="round_times must be positive seconds"):
+    with pytest.raises(RequestError, match=r"seconds of round_times must be a list .* above 0"):
         RoundTimes(seconds=seconds)
 
 

@@ -97,5 +97,5 @@ def test_rates_in_the_loop(model, drafts, scale):
 
 @pytest.mark.parametrize("rate", [-0.1, 1.1, float("nan"), float("inf")])
 def test_a_rate_that_is_no_probability_is_refused(model, rate):
-    with pytest.raises(RequestError, match="synthetic_acceptance must be a probability"):
+    with pytest.raises(RequestError, match=r"synthetic_acceptance must be .* from 0 to 1"):
         Speculation(draft=model, synthetic_acceptance=rate)
