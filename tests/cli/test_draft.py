@@ -99,12 +99,12 @@ def test_greedy_verification_does_not_change_the_text(generate, draft):
         (("--method", "combined"), "--method combined needs --draft-model"),
         (("--method", "ar", "--draft-model", "anywhere"), "--method ar uses no draft model"),
         (("--method", "ngram", "--draft-model", "any"), "--method ngram uses no draft model"),
-        (("--method", "ngram", "--ngram-n", "65"), "n of n-gram drafting must be from 1 to 64"),
+        (("--method", "ngram", "--ngram-n", "65"), "n of n-gram drafting must be a whole number from 1 to 64"),
         (("--draft-model", "no such folder"), "no such folder"),
         (("--synthetic-acceptance", "0.5"), "--method ar drafts nothing"),
         (
             ("--method", "ngram", "--synthetic-acceptance", "1.5"),
-            "synthetic_acceptance must be a probability from 0 to 1, got 1.5",
+            "synthetic_acceptance must be a finite float32 number from 0 to 1 or None, got 1.5",
         ),
         (
             ("--method", "ngram", "--verification", "greedy", "--temperature", "0.5"),
