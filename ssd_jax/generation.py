@@ -49,6 +49,7 @@ class Completion:
 
     Attributes:
         text: the output without special tokens and without what ended it; empty without tokenizer.
+            Put behind the prompt's text, it is what prompt and output decode to.
         token_ids: every emitted token, an EOS token included, up to the one that completed a stop
             string.
         finish_reason: "eos" (an EOS or stop id), "stop" (a stop string) or "length".
@@ -195,7 +196,9 @@ class _Row:
         self._text: list[str] = []
         self._stream = None
         if model.tokenizer is not None:
-            self._stream = TextStream(model.tokenizer, stops=request.params.stop)
+            self._stream = TextStream(
+                model.tokenizer, prompt_ids=request.prompt_ids, stops=request.params.stop
+            )
 
     def advance(
         self,
