@@ -194,6 +194,7 @@ class _Row:
         self._request = request
         self._seen = len(request.prompt_ids)
         self._text: list[str] = []
+        self._tokenizer = model.tokenizer
         self._stream = None
         if model.tokenizer is not None:
             self._stream = TextStream(
@@ -218,6 +219,9 @@ class _Row:
         new = tokens[self.index, self._seen : length].tolist()
         reason = _REASONS.get(code)
         text = ""
+        if self._tokenizer is not None and reason == "eos":
+            stops, last = self._request.params.stop, self._tokenizer.id_to_token(new[-1])
+            reason = "stop" if last in stops else reason  # a stop string that is a special token
         if self._stream is not None:
             delta = self._stream.push(new[:-1] if code == Finish.EOS else new)
             text = delta.text

@@ -67,6 +67,11 @@ class Tokenizer:
         added = self.backend.get_added_tokens_decoder()
         return frozenset(token_id for token_id, token in added.items() if token.special)
 
+    def special_tokens_by_text(self) -> dict[str, int]:
+        """Ids of `special_ids`, by the text of the token."""
+        added = self.backend.get_added_tokens_decoder()
+        return {token.content: token_id for token_id, token in added.items() if token.special}
+
     def decoder_kinds(self) -> tuple[str, ...]:
         """Names of the decoding steps in order, such as ("Replace", "ByteFallback", "Fuse")."""
         decoder = self.backend.decoder
