@@ -50,6 +50,7 @@ class Completion:
 
     Attributes:
         text: the output without special tokens and without what ended it; empty without tokenizer.
+            Put behind the prompt's text, it is what prompt and output decode to.
         token_ids: every emitted token, an EOS token included, up to the one that completed a stop
             string.
         finish_reason: "eos" (an EOS or stop id), "stop" (a stop string) or "length".
@@ -195,9 +196,12 @@ class _Row:
         self._request = request
         self._seen = len(request.prompt_ids)
         self._text: list[str] = []
+        self._tokenizer = model.tokenizer
         self._stream = None
         if model.tokenizer is not None:
-            self._stream = TextStream(model.tokenizer, stops=tuple(request.params.stop))
+            self._stream = TextStream(
+                model.tokenizer, prompt_ids=request.prompt_ids, stops=tuple(request.params.stop)
+            )
 
     def advance(
         self,
@@ -217,6 +221,9 @@ class _Row:
         new = tokens[self.index, self._seen : length].tolist()
         reason = _REASONS.get(code)
         text = ""
+        if self._tokenizer is not None and reason == "eos":
+            stops, last = self._request.params.stop, self._tokenizer.id_to_token(new[-1])
+            reason = "stop" if last in stops else reason  # a stop string that is a special token
         if self._stream is not None:
             delta = self._stream.push(new[:-1] if code == Finish.EOS else new)
             text = delta.text

@@ -28,7 +28,8 @@ class SamplingParams:
         frequency_penalty: the same, once for each time it was emitted.
         logit_bias: added to logits, by token id; minus infinity forbids a token.
         seed: 64-bit number; None draws one, which the completion reports.
-        stop: one string or several that end the output; they are not part of it.
+        stop: one string or several that end the output; they are not part of it. One that is a
+            special token ends it by its id.
         stop_token_ids: ids that end the output besides the model's own EOS ids.
         ignore_eos: do not stop at the model's EOS ids.
         logprobs: None for none, else how many of the most likely tokens to report at each position,

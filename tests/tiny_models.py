@@ -160,8 +160,7 @@ def tiny_tokenizer(eos_ids: tuple[int, ...] = ()) -> Tokenizer:
     backend.add_special_tokens(["</s>"])
     return Tokenizer(
         backend=backend,
-        bos_token=None,
-        eos_token="</s>",
+        special_tokens={"eos_token": "</s>"},
         bos_id=None,
         eos_ids=eos_ids,
         chat_template=None,

@@ -11,11 +11,12 @@ import numpy as np
 from ssd_jax.buckets import bucket_batch, bucket_count, bucket_slots, prefill_chunks
 from ssd_jax.config import ModelConfig
 from ssd_jax.decoding.finish import Finish
-from ssd_jax.errors import RequestError
+from ssd_jax.errors import RequestError, shown
 from ssd_jax.field_checks import check
 from ssd_jax.memory import batch_bytes, require_memory
 from ssd_jax.model import Model
 from ssd_jax.sampling_params import SamplingParams
+from ssd_jax.text import Tokenizer
 from ssd_jax.types import Sampling
 
 type Prompts = Sequence[str | Sequence[int]]
@@ -104,10 +105,31 @@ def _make_request(model: Model, prompt: str | Sequence[int], params: SamplingPar
             f"A prompt of {len(ids)} tokens and max_tokens {params.max_tokens} exceed the model's "
             f"context of {context}: lower max_tokens to {context - len(ids)} or shorten the prompt."
         )
-    if params.stop and model.tokenizer is None:
-        raise RequestError("Stop strings need a tokenizer, and this model has none.")
+    if params.stop:
+        if model.tokenizer is None:
+            raise RequestError("Stop strings need a tokenizer, and this model has none.")
+        ids_of_stops = _special_stop_ids(model.tokenizer, params.stop)
+        params = dataclasses.replace(params, stop_token_ids=(*params.stop_token_ids, *ids_of_stops))
     seed = secrets.randbits(64) if params.seed is None else params.seed
     return Request(prompt_ids=ids, params=params, seed=seed)
+
+
+def _special_stop_ids(tokenizer: Tokenizer, stops: Sequence[str]) -> tuple[int, ...]:
+    """Ids of the stop strings that are special tokens: the text, without those, never shows them.
+
+    Raises:
+        RequestError: a stop string that holds a special token beside other text.
+    """
+    specials = tokenizer.special_tokens_by_text()
+    for stop in stops:
+        for text, token_id in specials.items():
+            if text in stop and stop not in specials:
+                raise RequestError(
+                    f"The stop string {shown(stop)} holds the special token {shown(text)}, "
+                    f"which is never in the text: use {shown(text)} alone, or "
+                    f"stop_token_ids=({token_id},)."
+                )
+    return tuple(specials[stop] for stop in stops if stop in specials)
 
 
 def make_batch(

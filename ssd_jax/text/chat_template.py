@@ -1,18 +1,19 @@
 """Chat templates: messages to prompt text, in the dialect that Hugging Face checkpoints use."""
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
-from datetime import datetime
-from typing import Any, NoReturn
+from pathlib import Path
+from typing import Any
 
-import jinja2
-from jinja2 import nodes
-from jinja2.exceptions import SecurityError
-from jinja2.ext import Extension
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from ssd_jax.errors import RequestError, shortened, shown
 
-from ssd_jax.errors import RequestError
+MAX_SECONDS = 20
+MAX_CHARS = 2**24
+MAX_BYTES = 2**30
+_WORKER = Path(__file__).with_name("template_worker.py")
 
 
 def render_chat(
@@ -20,16 +21,18 @@ def render_chat(
     messages: Sequence[Mapping[str, Any]],
     *,
     add_generation_prompt: bool = True,
-    bos_token: str | None,
-    eos_token: str | None,
+    special_tokens: Mapping[str, Any],
     tools: Sequence[Mapping[str, Any]] | None = None,
     extra: Mapping[str, Any] | None = None,
 ) -> str:
     """Prompt text of a conversation.
 
     The template is untrusted: it runs in jinja2's immutable sandbox, which keeps it from Python's
-    internals and from changing the messages, but does not bound its time or memory. A token that
-    is None appears as an empty text. `extra` holds further variables, such as enable_thinking.
+    internals and from changing the messages, in a process of its own, whose time, memory and text
+    are bounded: one filter can ask C code for gigabytes. That takes about a tenth of a second.
+
+    `special_tokens` are the names and texts that the tokenizer's files give; without them
+    bos_token and eos_token are empty. `extra` holds further variables, such as enable_thinking.
 
     Raises:
         RequestError: malformed messages, an `extra` name that is taken, or any failure of the
@@ -37,10 +40,11 @@ def render_chat(
     """
     _check_messages(messages)
     variables = {
+        "bos_token": "",
+        "eos_token": "",
+        **special_tokens,
         "messages": messages,
         "add_generation_prompt": add_generation_prompt,
-        "bos_token": bos_token or "",
-        "eos_token": eos_token or "",
         "tools": tools,
     }
     taken = sorted(variables.keys() & (extra or {}).keys())
@@ -49,28 +53,74 @@ def render_chat(
             f"Expected extra chat template variables with names of their own, got {taken}; "
             "set those through their own options."
         )
+    answer = _run_worker(template, {**variables, **(extra or {})})
+    if "text" in answer:
+        return answer["text"]
+    reason = shortened(answer["reason"], 300)
+    if answer["kind"] == "syntax":
+        raise RequestError(
+            f"Expected a valid chat template, got a syntax error in {reason}; correct the template."
+        )
+    if answer["kind"] == "forbidden":
+        raise RequestError(
+            "Expected a chat template that stays within its sandbox, got a forbidden access "
+            f"({reason}); do not use this template."
+        )
+    raise RequestError(
+        f"Expected messages that the chat template accepts, but it failed ({reason}); "
+        "change the messages or the template."
+    )
+
+
+def _run_worker(template: str, variables: Mapping[str, Any]) -> dict[str, str]:
+    """What `template_worker.py` answers."""
+    limits = {"max_chars": MAX_CHARS, "max_bytes": MAX_BYTES}
     try:
-        return _environment().from_string(template).render({**variables, **(extra or {})})
-    except jinja2.TemplateSyntaxError as error:
+        request = json.dumps(
+            {"template": template, "variables": variables, **limits}, default=_plain
+        )
+    except (TypeError, ValueError, RecursionError) as error:
         raise RequestError(
-            f"Expected a valid chat template, got a syntax error in line {error.lineno} "
-            f"({error.message}); correct the template."
+            "Expected messages, tools and variables that can be written as JSON, but that failed "
+            f"({shortened(str(error), 200)}); send texts, numbers, lists and objects."
         ) from error
-    except SecurityError as error:
+    path = os.pathsep.join(entry for entry in sys.path if entry)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-P", str(_WORKER)],  # -P: else its folder could hide other modules
+            input=request.encode(),
+            capture_output=True,
+            env={**os.environ, "PYTHONPATH": path},
+            timeout=MAX_SECONDS,
+            check=True,
+        )
+        return json.loads(done.stdout)
+    except subprocess.TimeoutExpired:
+        return {"kind": "failed", "reason": f"it took more than {MAX_SECONDS} seconds"}
+    except subprocess.CalledProcessError as error:
+        last_line = error.stderr.decode(errors="replace").strip().rpartition("\n")[2]
+        return {"kind": "failed", "reason": last_line or f"its process ended: {error.returncode}"}
+    except OSError as error:
         raise RequestError(
-            f"Expected a chat template that stays within its sandbox, got a forbidden access "
-            f"({error}); do not use this template."
+            f"Expected to run {sys.executable} for the chat template, but that failed ({error}); "
+            "check this Python."
         ) from error
-    except Exception as error:  # a template is a program, it can raise anything
-        reason = str(error) or type(error).__name__
-        raise RequestError(
-            f"Expected messages that the chat template accepts, but it failed ({reason}); "
-            "change the messages or the template."
-        ) from error
+
+
+def _plain(value: object) -> object:
+    """The value as something that JSON knows."""
+    if isinstance(value, Mapping):
+        return dict(value)
+    if isinstance(value, Sequence):
+        return list(value)
+    raise TypeError(f"a {type(value).__name__} is among them")
 
 
 def _check_messages(messages: Sequence[Mapping[str, Any]]) -> None:
-    """Refuse anything but a non-empty sequence of mappings with text under role and content."""
+    """Refuse anything but a non-empty sequence of mappings with a role and a content.
+
+    Content is text or a list of parts; beside other fields, such as tool calls, it may be absent.
+    """
     if isinstance(messages, str) or not isinstance(messages, Sequence) or not messages:
         raise RequestError(
             "Expected a non-empty list of chat messages, "
@@ -83,61 +133,17 @@ def _check_messages(messages: Sequence[Mapping[str, Any]]) -> None:
                 f"Expected chat message {index} to be an object with role and content, "
                 f"got a {type(message).__name__}; send both."
             )
-        for key in ("role", "content"):
-            if not isinstance(message.get(key), str):
-                raise RequestError(
-                    f"Expected {key} of chat message {index} to be text, "
-                    f"got {message.get(key)!r}; send text."
-                )
-
-
-def _environment() -> ImmutableSandboxedEnvironment:
-    """Sandbox with the settings and names that Hugging Face templates rely on."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True,
-        lstrip_blocks=True,
-        extensions=["jinja2.ext.loopcontrols", _GenerationBlock],
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _strftime_now
-    return environment
-
-
-class _GenerationBlock(Extension):
-    """Lets `{% generation %}...{% endgeneration %}`, a mark for training, pass its body through."""
-
-    tags = {"generation"}  # noqa: RUF012 (jinja2 declares it as a plain set)
-
-    def parse(self, parser: Parser) -> nodes.Node:
-        """Node of the block's body, in a scope of its own."""
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.Scope(body, lineno=line)
-
-
-def _to_json(
-    value: object,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """JSON text without the HTML escapes of jinja2's own filter."""
-    return json.dumps(
-        value,
-        ensure_ascii=ensure_ascii,
-        indent=indent,
-        separators=separators,
-        sort_keys=sort_keys,
-    )
-
-
-def _raise_exception(message: object) -> NoReturn:
-    """Let a template refuse a conversation in its own words."""
-    raise jinja2.TemplateError(str(message))
-
-
-def _strftime_now(pattern: str) -> str:
-    """Local time in the given pattern."""
-    return datetime.now().strftime(pattern)
+        role, content = message.get("role"), message.get("content")
+        if not isinstance(role, str):
+            raise RequestError(
+                f"Expected role of chat message {index} to be text, got {shown(role)}; send text."
+            )
+        is_parts = isinstance(content, list | tuple) and all(
+            isinstance(part, Mapping) for part in content
+        )
+        is_absent = content is None and len(message.keys() - {"role", "content"}) > 0
+        if not isinstance(content, str) and not is_parts and not is_absent:
+            raise RequestError(
+                f"Expected content of chat message {index} to be text or a list of parts, "
+                f"got {shown(content)}; send text."
+            )

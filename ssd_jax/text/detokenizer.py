@@ -13,20 +13,27 @@ _PIECE_DECODERS = frozenset({"Metaspace", "Replace", "ByteFallback", "Fuse", "St
 
 
 class Detokenizer:
-    """Text of a growing sequence of ids.
+    """Text of a growing sequence of ids that follow a prompt.
 
-    For any way of cutting the ids into pushes, the texts of all pushes and of `flush` join to
-    `tokenizer.decode` of all ids. The cost per token does not depend on what came before. Special
-    tokens are never put before the decoder, as a skipped first token would otherwise change how
-    the next one is read.
+    For any way of cutting the ids into pushes, the texts of all pushes and of `flush`, put behind
+    `tokenizer.decode` of the prompt's ids, join to `tokenizer.decode` of all ids. The cost per
+    token does not depend on what came before. Special tokens are never put before the decoder, as a
+    skipped first token would otherwise change how the next one is read.
 
     Raises:
         CheckpointError: the tokenizer's decoder is not one whose text only ever grows.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        prompt_ids: Sequence[int] = (),
+        skip_special_tokens: bool = True,
+    ) -> None:
         self._skipped = tokenizer.special_ids() if skip_special_tokens else frozenset()
         self._decoder = _decoder_for(tokenizer)
+        self._decoder.begin([i for i in prompt_ids if i not in self._skipped])
 
     def push(self, ids: Sequence[int]) -> str:
         """Text that these ids make final; what a later id could still change is held."""
@@ -39,6 +46,8 @@ class Detokenizer:
 
 class _Decoder(Protocol):
     """What the two ways of decoding have in common."""
+
+    def begin(self, prompt_ids: Sequence[int]) -> None: ...
 
     def push(self, ids: Sequence[int]) -> str: ...
 
@@ -69,6 +78,9 @@ class _ByteLevelDecoder:
         self._tokenizer = tokenizer
         self._byte_of = byte_alphabet()
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def begin(self, prompt_ids: Sequence[int]) -> None:
+        """Nothing: a token's bytes do not depend on those before it."""
 
     def push(self, ids: Sequence[int]) -> str:
         """Text of all characters that these ids complete."""
@@ -103,6 +115,14 @@ class _PieceDecoder:
         self._context: list[int] = []
         self._pending: list[int] = []
 
+    def begin(self, prompt_ids: Sequence[int]) -> None:
+        """Take the end of the prompt as context, so that a space behind it is kept."""
+        known = [i for i in prompt_ids if self._tokenizer.id_to_token(i) is not None]
+        start = len(known) - 1
+        while start > 0 and self._is_byte(self._tokenizer.id_to_token(known[start]) or ""):
+            start -= 1
+        self._context = known[max(start, 0) :]
+
     def push(self, ids: Sequence[int]) -> str:
         """Text up to the last id that is not a byte token."""
         num_final = 0
@@ -111,7 +131,7 @@ class _PieceDecoder:
             if token is None:
                 continue
             self._pending.append(token_id)
-            if not (self._byte_fallback and _BYTE_TOKEN.fullmatch(token)):
+            if not self._is_byte(token):
                 num_final = len(self._pending)
         return self._release(num_final)
 
@@ -129,7 +149,11 @@ class _PieceDecoder:
         known = self._decode(self._context)
         text = self._decode(self._context + final)
         self._context = final[-1:]
-        return text[len(known) :]
+        # A prompt may end within a character, which the new bytes complete.
+        return text[len(known) :] if text.startswith(known) else self._decode(final)
+
+    def _is_byte(self, token: str) -> bool:
+        return self._byte_fallback and _BYTE_TOKEN.fullmatch(token) is not None
 
     def _decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=False)

@@ -24,7 +24,7 @@ class TextDelta:
 
 
 class TextStream:
-    """Text of one generation, cut before the first stop string.
+    """Text of one generation, cut before the first stop string; the prompt's text comes before it.
 
     Texts and counts do not depend on how the tokens are cut into pushes.
 
@@ -34,9 +34,16 @@ class TextStream:
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, *, stops: tuple[str, ...] = (), skip_special_tokens: bool = True
+        self,
+        tokenizer: Tokenizer,
+        *,
+        prompt_ids: Sequence[int] = (),
+        stops: tuple[str, ...] = (),
+        skip_special_tokens: bool = True,
     ) -> None:
-        self._detokenizer = Detokenizer(tokenizer, skip_special_tokens=skip_special_tokens)
+        self._detokenizer = Detokenizer(
+            tokenizer, prompt_ids=prompt_ids, skip_special_tokens=skip_special_tokens
+        )
         self._matcher = StopMatcher(stops)
         self._num_tokens = 0
         self._finished = False

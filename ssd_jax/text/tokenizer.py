@@ -1,5 +1,6 @@
 """Tokenizers: text to ids and back, from the files of a checkpoint folder."""
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
+from tokenizers import AddedToken
 
 from ssd_jax.errors import CheckpointError, RequestError, shortened, shown
 from ssd_jax.json_files import is_file, read_json_object, read_text, shown_path
@@ -14,24 +16,29 @@ from ssd_jax.text.chat_template import render_chat
 
 _TOKENIZER_CONFIG = "tokenizer_config.json"
 _SPECIAL_TOKENS = "special_tokens_map.json"
+_ADDED_TOKENS = "added_tokens.json"
 _GENERATION_CONFIG = "generation_config.json"
 _MODEL_CONFIG = "config.json"
+_TOKEN_NAMES = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 _TEMPLATE_TEXT = "chat_template.jinja"
 _TEMPLATE_JSON = "chat_template.json"
+_FILES = (
+    *(_TOKENIZER_CONFIG, _SPECIAL_TOKENS, _ADDED_TOKENS, _GENERATION_CONFIG),
+    *(_MODEL_CONFIG, _TEMPLATE_JSON),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Tokenizer:
     """A tokenizer with the special ids and the chat template of its checkpoint.
 
-    `bos_token` and `eos_token` are the texts that a chat template sees. `processor_adds_bos` says
+    `special_tokens` are the names and texts that a chat template sees. `processor_adds_bos` says
     that tokenizer.json itself puts BOS in front, `config_adds_bos` that tokenizer_config.json asks
     for it.
     """
 
     backend: tokenizers.Tokenizer = field(repr=False)
-    bos_token: str | None
-    eos_token: str | None
+    special_tokens: Mapping[str, str | Sequence[str]]
     bos_id: int | None
     eos_ids: tuple[int, ...]
     chat_template: str | None
@@ -59,6 +66,11 @@ class Tokenizer:
         """Ids that `decode` leaves out when it skips special tokens."""
         added = self.backend.get_added_tokens_decoder()
         return frozenset(token_id for token_id, token in added.items() if token.special)
+
+    def special_tokens_by_text(self) -> dict[str, int]:
+        """Ids of `special_ids`, by the text of the token."""
+        added = self.backend.get_added_tokens_decoder()
+        return {token.content: token_id for token_id, token in added.items() if token.special}
 
     def decoder_kinds(self) -> tuple[str, ...]:
         """Names of the decoding steps in order, such as ("Replace", "ByteFallback", "Fuse")."""
@@ -113,8 +125,7 @@ class Tokenizer:
             self.chat_template,
             messages,
             add_generation_prompt=add_generation_prompt,
-            bos_token=self.bos_token,
-            eos_token=self.eos_token,
+            special_tokens=self.special_tokens,
             tools=tools,
             extra=extra,
         )
@@ -132,10 +143,10 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         CheckpointError: a file is missing, damaged, or names a token that does not exist.
     """
     backend = _load_backend(folder / "tokenizer.json")
-    names = (_TOKENIZER_CONFIG, _SPECIAL_TOKENS, _GENERATION_CONFIG, _MODEL_CONFIG, _TEMPLATE_JSON)
-    files = {name: _read_json(folder / name) for name in names}
-    bos_token, bos_ids = _special_token(backend, folder, files, "bos_token")
-    eos_token, eos_ids = _special_token(backend, folder, files, "eos_token")
+    files = {name: _read_json(folder / name) for name in _FILES}
+    backend = _with_added_tokens(backend, folder, files)
+    bos_ids = _special_token(backend, folder, files, "bos_token")
+    eos_ids = _special_token(backend, folder, files, "eos_token")
     bos_ids += _listed_ids(folder, files, "bos_token_id")
     bos_id = bos_ids[0] if bos_ids else None
     adds_bos = files[_TOKENIZER_CONFIG].get("add_bos_token") is True
@@ -146,8 +157,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         )
     return Tokenizer(
         backend=backend,
-        bos_token=bos_token,
-        eos_token=eos_token,
+        special_tokens=_special_tokens(files),
         bos_id=bos_id,
         eos_ids=tuple(dict.fromkeys(_listed_ids(folder, files, "eos_token_id") + eos_ids)),
         chat_template=_chat_template(folder, files),
@@ -181,26 +191,129 @@ def _read_json(path: Path) -> dict[str, Any]:
     return read_json_object(path) if path.exists() else {}
 
 
+def _with_added_tokens(
+    backend: tokenizers.Tokenizer, folder: Path, files: Mapping[str, Mapping[str, Any]]
+) -> tokenizers.Tokenizer:
+    """The tokenizer with the tokens and flags that stand in the files beside tokenizer.json.
+
+    As in transformers: entries of added_tokens_decoder replace those of tokenizer.json, and what is
+    named as a special token is one.
+    """
+    known = backend.get_added_tokens_decoder()
+    stated = _stated_tokens(folder, files)
+    plain = {token.content for token in known.values()}
+    tokens = [
+        token
+        for _, (token, file) in sorted(stated.items())
+        if file.name == _TOKENIZER_CONFIG or token.content not in plain  # the other has no flags
+    ]
+    contents = {token.content for token in (*known.values(), *tokens)}
+    named = _special_tokens(files)
+    for name, texts in named.items():
+        for text in (texts,) if isinstance(texts, str) else texts:
+            is_required = name in ("bos_token", "eos_token") and backend.token_to_id(text) is None
+            if text not in contents and not is_required:  # `_special_token` refuses those
+                tokens.append(AddedToken(text, special=True))
+                contents.add(text)
+    same = {repr(token) for token in known.values()}
+    tokens = [token for token in tokens if repr(token) not in same]
+    for special, group in itertools.groupby(tokens, key=lambda token: token.special):
+        (backend.add_special_tokens if special else backend.add_tokens)(list(group))
+    for number, (token, file) in stated.items():
+        if backend.token_to_id(token.content) != number:
+            raise CheckpointError(
+                f"Expected the id {number} of {shown(token.content)} in {shown_path(file)} to be "
+                "that of tokenizer.json, or the next one after those there, got "
+                f"{backend.token_to_id(token.content)}; correct the entry or fetch both files "
+                "again."
+            )
+    specials = {token.content for token in known.values() if token.special}
+    if any(token.content in specials and not token.special for token in tokens):
+        return tokenizers.Tokenizer.from_str(backend.to_str())  # which alone forgets a special one
+    return backend
+
+
+def _stated_tokens(
+    folder: Path, files: Mapping[str, Mapping[str, Any]]
+) -> dict[int, tuple[AddedToken, Path]]:
+    """Added tokens that are given with their ids beside tokenizer.json, and where they are."""
+    stated: dict[int, tuple[AddedToken, Path]] = {}
+    legacy = files[_ADDED_TOKENS]
+    decoder = files[_TOKENIZER_CONFIG].get("added_tokens_decoder") or {}
+    if not isinstance(decoder, Mapping):
+        decoder = {"": decoder}  # refused below
+    plain = [(number, {"content": text}, _ADDED_TOKENS) for text, number in legacy.items()]
+    full = [(number, entry, _TOKENIZER_CONFIG) for number, entry in decoder.items()]
+    flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
+    for number, entry, file in plain + full:
+        content = _content(entry)
+        given = {
+            flag: entry[flag] for flag in flags if isinstance(entry, Mapping) and flag in entry
+        }
+        try:
+            token_id = int(number) if isinstance(number, str) and len(number) < 20 else number
+        except ValueError:
+            token_id = None
+        if (
+            content is None
+            or not isinstance(token_id, int)
+            or not 0 <= token_id < 2**31
+            or not all(isinstance(value, bool) for value in given.values())
+        ):
+            raise CheckpointError(
+                f"Expected added tokens in {shown_path(folder / file)} to have an id, a text and "
+                f"flags that are true or false, got {shown(number)}: {shown(entry)}; correct that "
+                "entry."
+            )
+        stated[token_id] = (AddedToken(content, **given), folder / file)
+    return stated
+
+
 def _special_token(
     backend: tokenizers.Tokenizer,
     folder: Path,
     files: Mapping[str, Mapping[str, Any]],
     name: str,
-) -> tuple[str | None, tuple[int, ...]]:
-    """Text and id of `bos_token` or `eos_token`; None and no id where the files name none."""
+) -> tuple[int, ...]:
+    """Id of `bos_token` or `eos_token`; none where the files name none."""
     for file in (_TOKENIZER_CONFIG, _SPECIAL_TOKENS):
         entry = files[file].get(name)
-        token = entry.get("content") if isinstance(entry, dict) else entry
-        if token is None:
+        token = _content(entry)
+        if token is None and entry is None:
             continue
-        token_id = backend.token_to_id(token) if isinstance(token, str) else None
+        token_id = backend.token_to_id(token) if token is not None else None
         if token_id is None:
             raise CheckpointError(
                 f"Expected {name} in {shown_path(folder / file)} to be a token of tokenizer.json, "
-                f"got {shown(token)}; correct that entry."
+                f"got {shown(entry if token is None else token)}; correct that entry."
             )
-        return token, (token_id,)
-    return None, ()
+        return (token_id,)
+    return ()
+
+
+def _content(entry: object) -> str | None:
+    """Text of a token, which may be given alone or with its flags."""
+    text = entry.get("content") if isinstance(entry, Mapping) else entry
+    if not isinstance(text, str) or not text or any("\ud800" <= c <= "\udfff" for c in text):
+        return None
+    return text
+
+
+def _special_tokens(files: Mapping[str, Mapping[str, Any]]) -> dict[str, str | Sequence[str]]:
+    """Texts of all special tokens by name, as transformers passes them to a chat template."""
+    special: dict[str, str | Sequence[str]] = {}
+    for file in (_SPECIAL_TOKENS, _TOKENIZER_CONFIG):  # the later one wins
+        for name in _TOKEN_NAMES:
+            token = _content(files[file].get(name))
+            if token is not None:
+                special[name] = token
+        for name in ("additional_special_tokens", "extra_special_tokens"):
+            entries = files[file].get(name)
+            if isinstance(entries, Mapping):  # each has a name of its own, such as image_token
+                special |= {k: text for k, v in entries.items() if (text := _content(v))}
+            elif isinstance(entries, list):
+                special[name] = [text for entry in entries if (text := _content(entry))]
+    return special
 
 
 def _listed_ids(folder: Path, files: Mapping[str, Mapping[str, Any]], name: str) -> tuple[int, ...]:

@@ -1,11 +1,13 @@
 """Whole outputs against naive generation; the arrays and programs in between: test_batch."""
 
 import dataclasses
+from unittest.mock import ANY
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import (
@@ -18,6 +20,7 @@ from tiny_models import (
 )
 
 from ssd_jax import sampling
+from ssd_jax.errors import RequestError
 from ssd_jax.generation import (
     FEWEST_STEPS,
     MOST_STEPS,
@@ -222,6 +225,36 @@ def test_a_stop_string_cuts_text_and_tokens(model, greedy_ids, start, length):
     completion = only(generate(model, [PROMPT], options))
     assert (completion.token_ids, completion.text) == (ids, cut)
     assert completion.finish_reason == "stop"
+
+
+def special(model, token_id):
+    """The model, with one more of its tokens as a special one."""
+    backend = tokenizers.Tokenizer.from_str(model.tokenizer.backend.to_str())
+    backend.add_special_tokens([model.tokenizer.id_to_token(token_id)])
+    return dataclasses.replace(
+        model, tokenizer=dataclasses.replace(model.tokenizer, backend=backend)
+    )
+
+
+@pytest.mark.parametrize("others", [(), ("not in it",)])
+def test_a_stop_string_that_is_a_special_token_stops_by_its_id(model, greedy_ids, others):
+    count = next(i for i in range(3, NUM_TOKENS) if greedy_ids[i] not in greedy_ids[:i]) + 1
+    marked = special(model, greedy_ids[count - 1])
+    stop = marked.tokenizer.id_to_token(greedy_ids[count - 1])
+    options = SamplingParams(max_tokens=NUM_TOKENS, stop=(stop, *others))
+    completion = only(generate(marked, [PROMPT], options))
+    assert completion.token_ids == tuple(greedy_ids[:count])
+    assert completion.text == marked.tokenizer.decode(greedy_ids[: count - 1])
+    assert completion.finish_reason == "stop"
+    assert only(generate(marked, [PROMPT], dataclasses.replace(options, ignore_eos=True))) == (
+        dataclasses.replace(completion, seed=ANY)
+    )
+
+
+def test_a_stop_string_with_a_special_token_inside_is_refused(model):
+    options = SamplingParams(max_tokens=2, stop=("a</s>",))
+    with pytest.raises(RequestError, match=r"'a</s>' holds the special token '</s>'.*ids=\("):
+        generate(model, [PROMPT], options)
 
 
 def test_a_stop_string_that_never_comes_costs_no_text(model, greedy_ids):

@@ -4,7 +4,7 @@ import re
 import pytest
 
 from ssd_jax.errors import RequestError
-from ssd_jax.text import render_chat
+from ssd_jax.text import chat_template, render_chat
 
 HEADER_STYLE = """\
 {{- bos_token }}
@@ -45,7 +45,8 @@ HELLO = [{"role": "user", "content": " Hi <b> & 'you' "}]
 
 
 def render(template, messages=HELLO, **options):
-    return render_chat(template, messages, bos_token="<s>", eos_token="</s>", **options)
+    tokens = {"bos_token": "<s>", "eos_token": "</s>"}
+    return render_chat(template, messages, special_tokens=tokens, **options)
 
 
 def test_header_style():
@@ -85,7 +86,7 @@ def test_generation_block_passes_its_body_through():
 
 def test_absent_tokens_are_empty_and_the_date_is_formatted():
     template = "[{{ bos_token }}{{ eos_token }}]{{ strftime_now('%Y-%m-%d') }}"
-    text = render_chat(template, HELLO, bos_token=None, eos_token=None)
+    text = render_chat(template, HELLO, special_tokens={})
     assert re.fullmatch(r"\[\]\d{4}-\d\d-\d\d", text)
 
 
@@ -144,3 +145,61 @@ def test_malformed_messages_are_refused(messages, words):
 def test_extra_variables_cannot_replace_the_messages():
     with pytest.raises(RequestError, match="messages"):
         render(HEADER_STYLE, extra={"messages": []})
+
+
+def test_special_tokens_are_variables():
+    tokens = {"pad_token": "<pad>", "additional_special_tokens": ["<a>", "<b>"]}
+    template = "{{ pad_token }}{{ additional_special_tokens[1] }}{{ unk_token is defined }}"
+    assert render_chat(template, HELLO, special_tokens=tokens) == "<pad><b>False"
+
+
+CALL = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "tide"}}]}
+PARTS = {"role": "user", "content": [{"type": "text", "text": "Hi"}]}
+TAKES_BOTH = (
+    "{% for m in messages %}{% if m.content is string %}{{ m.content }}{% elif m.content %}"
+    "{% for part in m.content %}{{ part.text }}{% endfor %}{% endif %}"
+    "{{ m.tool_calls | tojson if m.tool_calls }}{% endfor %}"
+)
+
+
+def test_content_may_be_null_or_parts_where_the_template_takes_it():
+    assert render(TAKES_BOTH, [PARTS, CALL]) == 'Hi[{"function": {"name": "tide"}}]'
+    assert render(TAKES_BOTH, [{k: v for k, v in CALL.items() if k != "content"}]).startswith("[")
+    assert render("{{ messages[0].content or 'none' }}", [CALL]) == "none"
+
+
+@pytest.mark.parametrize("message", [CALL, PARTS])
+@pytest.mark.parametrize(
+    "template",
+    ["{{ messages[0].content }}", "{{ messages[0]['content'] | trim }}", "{{ 'x' + m.content }}"],
+)
+def test_content_that_the_template_would_write_as_python_is_refused(template, message):
+    with pytest.raises(RequestError, match=r"content|concatenate"):
+        render("{% set m = messages[0] %}" + template, [message])
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ messages | tojson(indent='x' * 10**8) }}",
+        "{{ messages | batch(10**9, 'x') | list | string | length }}",
+        "{{ 'x'.center(10**9) }}",
+        "{{ 'x' * 10**8 }}",
+        "{{ 10 ** (10 ** 9) }}",
+        "{% for i in range(10**9) %}{% for j in range(10**9) %}{% endfor %}{% endfor %}",
+    ],
+)
+def test_time_memory_and_text_of_a_template_are_bounded(template, monkeypatch):
+    monkeypatch.setattr(chat_template, "MAX_SECONDS", 3)
+    with pytest.raises(RequestError, match=r"failed \((it|Range too big)") as caught:
+        render(template)
+    assert len(str(caught.value)) < 600
+
+
+def test_what_is_no_json_is_refused():
+    with pytest.raises(RequestError, match="a set is among them"):
+        render("{{ x }}", extra={"x": {1}})
+
+
+def test_lone_surrogates_pass_through():
+    assert render("{{ messages[0].content }}", [{"role": "user", "content": "\udcff"}]) == "\udcff"

@@ -4,7 +4,7 @@ import re
 
 import pytest
 import tokenizers
-from hypothesis import example, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
@@ -133,6 +133,29 @@ def check(tokenizer, ids, lengths, skip_special_tokens):
 @given(text=texts, lengths=cuts, skip=st.booleans())
 def test_encoded_texts(tokenizer, text, lengths, skip):
     check(tokenizer, tokenizer.encode(text), lengths, skip)
+
+
+@MANY_EXAMPLES
+@given(data=st.data(), lengths=cuts, skip=st.booleans())
+def test_the_text_behind_a_prompt_completes_it(tokenizer, data, lengths, skip):
+    ids = data.draw(
+        st.lists(st.integers(0, tokenizer.vocab_size + 2), max_size=30)
+        | texts.map(tokenizer.encode)
+    )
+    split = data.draw(st.integers(0, len(ids)))
+    prompt = tokenizer.decode(ids[:split], skip_special_tokens=skip)
+    whole = tokenizer.decode(ids, skip_special_tokens=skip)
+    assume("\ufffd" not in prompt and whole.startswith(prompt))
+    detokenizer = Detokenizer(tokenizer, prompt_ids=ids[:split], skip_special_tokens=skip)
+    text = "".join(detokenizer.push(part) for part in cut(ids[split:], lengths))
+    assert prompt + text + detokenizer.flush() == whole
+
+
+def test_bytes_that_complete_a_character_of_the_prompt_lose_nothing(tmp_path):
+    tokenizer = load(byte_fallback(True), tmp_path)
+    ids = [tokenizer.token_to_id(token) for token in ("a", "<0xC3>", "<0xA9>", "b", "c")]
+    detokenizer = Detokenizer(tokenizer, prompt_ids=ids[:2])
+    assert detokenizer.push(ids[2:]).endswith("bc")
 
 
 @MANY_EXAMPLES

@@ -182,3 +182,78 @@ def test_damaged_settings_are_named(tmp_path, name, contents):
 def test_contradictory_settings_are_refused(tmp_path, files, words):
     with pytest.raises(CheckpointError, match=words):
         load_tokenizer(write(tmp_path, **files))
+
+
+def entry(content, **flags):
+    names = ("lstrip", "normalized", "rstrip", "single_word", "special")
+    return {"content": content} | dict.fromkeys(names, False) | flags
+
+
+def test_tokens_that_stand_beside_tokenizer_json_are_tokens(tmp_path):
+    decoder = {"260": entry("<end>", special=True), "259": entry("<think>")}
+    config = {
+        "added_tokens_decoder": decoder,
+        "additional_special_tokens": ["<a>", {"content": "<b>"}],
+        "extra_special_tokens": {"image_token": "<img>"},
+        "pad_token": "<pad>",
+        "eos_token": "<end>",
+    }
+    added = {"<legacy>": 261, "<think>": 259}
+    tokenizer = load_tokenizer(write(tmp_path, tokenizer_config=config, added_tokens=added))
+    names = ["<think>", "<end>", "<legacy>", "<pad>", "<a>", "<b>", "<img>"]
+    assert [tokenizer.token_to_id(name) for name in names] == list(range(259, 266))
+    assert tokenizer.encode("<think><end><legacy><img>") == [259, 260, 261, 265]
+    assert tokenizer.special_ids() == {BOS, EOS, TURN, 260, 262, 263, 264, 265}
+    assert tokenizer.decode([259, 260, 261, 265]) == "<think><legacy>"
+    assert tokenizer.eos_ids == (260,)
+    assert dict(tokenizer.special_tokens) == {
+        "eos_token": "<end>",
+        "pad_token": "<pad>",
+        "additional_special_tokens": ["<a>", "<b>"],
+        "image_token": "<img>",
+    }
+
+
+def test_flags_beside_tokenizer_json_count(tmp_path):
+    decoder = {str(TURN): entry("<turn>", lstrip=True), str(EOS): entry("</s>", special=True)}
+    tokenizer = load_tokenizer(write(tmp_path, tokenizer_config={"added_tokens_decoder": decoder}))
+    assert tokenizer.special_ids() == {BOS, EOS}
+    (letter,) = tokenizer.encode("a")
+    assert tokenizer.encode("a  <turn>") == [letter, TURN]
+    assert tokenizer.decode([letter, TURN, EOS]) == "a<turn>"
+
+
+def test_a_named_special_token_of_the_vocabulary_is_special(tmp_path):
+    write(tmp_path, tokenizer_config={"unk_token": "a"})
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.token_to_id("a") in tokenizer.special_ids()
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"tokenizer_config": {"added_tokens_decoder": {"300": entry("<far>")}}},
+        {"tokenizer_config": {"added_tokens_decoder": {"259": entry("<turn>")}}},
+        {"tokenizer_config": {"added_tokens_decoder": {"259": entry("<x>", special="yes")}}},
+        {"tokenizer_config": {"added_tokens_decoder": {"x": entry("<x>")}}},
+        {"tokenizer_config": {"added_tokens_decoder": {"259": "\ud800"}}},
+        {"tokenizer_config": {"added_tokens_decoder": {"9" * 5000: entry("<x>")}}},
+        {"tokenizer_config": {"added_tokens_decoder": ["<x>"]}},
+        {"added_tokens": {"<x>": 300}},
+        {"added_tokens": {"<x>": 259.0}},
+    ],
+)
+def test_added_tokens_that_cannot_be_are_refused_with_their_file(tmp_path, files):
+    with pytest.raises(CheckpointError, match=rf"{next(iter(files))}\.json") as caught:
+        load_tokenizer(write(tmp_path, **files))
+    assert len(str(caught.value)) < 600
+
+
+def test_the_chat_template_sees_all_special_tokens(tmp_path):
+    config = {
+        "chat_template": "{{ bos_token }}{{ pad_token }}{{ additional_special_tokens | join }}",
+        "additional_special_tokens": ["<turn>"],
+        "pad_token": "</s>",
+    }
+    tokenizer = load_tokenizer(write(tmp_path, tokenizer_config=config))
+    assert tokenizer.encode_chat([{"role": "user", "content": "a"}]) == [EOS, TURN]
