@@ -147,8 +147,7 @@ def _run(
 ) -> Iterator[Delta]:
     """Decode the requests; where the host must look, after the first step and then every while."""
     method, batch = choose_method(model, requests, speculation)
-    drafters = () if speculation is None else speculation.names
-    rows = [_Row(model, index, request, drafters) for index, request in enumerate(requests)]
+    rows = [_Row(model, index, request, speculation) for index, request in enumerate(requests)]
     state = method.prefill(batch)
     num_steps = 1 if must_look else batch.max_steps
     while any(row.completion is None for row in rows):
@@ -188,9 +187,11 @@ _Details = tuple[Logprobs | None, SpeculationStats | None, LookupStats | None]
 class _Row:
     """What the host keeps for one request while it is decoded."""
 
-    def __init__(self, model: Model, index: int, request: Request, drafters: Sequence[str]) -> None:
+    def __init__(
+        self, model: Model, index: int, request: Request, speculation: Speculation | SSD | None
+    ) -> None:
         self.index = index
-        self._drafters = drafters
+        self._speculation = speculation
         self.completion: Completion | None = None
         self._request = request
         self._seen = len(request.prompt_ids)
@@ -232,16 +233,16 @@ class _Row:
             logprobs, stats, lookups = details()
             self.completion = Completion(
                 text="".join(self._text),
+            counts = None
+            if self._speculation is not None and stats is not None:
+                span = slice(prompt_len, length)
+                counts = count_speculation(stats, lookups, self.index, span, self._speculation)
                 token_ids=tuple(tokens[self.index, prompt_len:length].tolist()),
                 finish_reason=reason,
                 prompt_tokens=prompt_len,
                 seed=self._request.seed,
                 logprobs=self._logprobs(tokens, logprobs, length),
-                speculation=(
-                    None
-                    if stats is None
-                    else count_speculation(stats, lookups, self.index, self._drafters)
-                ),
+                speculation=counts,
             )
         return Delta(row=self.index, text=text, token_ids=tuple(new), completion=self.completion)
 
