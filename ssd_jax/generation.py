@@ -16,7 +16,7 @@ from ssd_jax.decoding.finish import Finish
 from ssd_jax.engine.batch import Batch, Request, make_batch, make_requests
 from ssd_jax.engine.counts import SpeculationCounts, count_speculation
 from ssd_jax.engine.method import Method, autoregressive, speculative
-from ssd_jax.engine.speculation import Speculation, check_options, check_pair
+from ssd_jax.engine.speculation import Speculation, check_devices, check_options, check_pair
 from ssd_jax.engine.ssd import speculative_speculative
 from ssd_jax.engine.ssd_options import SSD
 from ssd_jax.field_checks import check
@@ -131,6 +131,8 @@ def choose_method(
         return autoregressive(model), make_batch(model, requests)
     if speculation.draft is not None:
         check_pair(model, speculation.draft)
+        if isinstance(speculation, Speculation):
+            check_devices(model, speculation.draft)
     check_options(speculation.verification, [request.params for request in requests])
     batch = make_batch(model, requests, speculation.longest_draft, speculation.draft)
     if isinstance(speculation, SSD):
@@ -231,12 +233,12 @@ class _Row:
         self._text.append(text)
         if reason is not None:
             logprobs, stats, lookups = details()
-            self.completion = Completion(
-                text="".join(self._text),
             counts = None
             if self._speculation is not None and stats is not None:
                 span = slice(prompt_len, length)
                 counts = count_speculation(stats, lookups, self.index, span, self._speculation)
+            self.completion = Completion(
+                text="".join(self._text),
                 token_ids=tuple(tokens[self.index, prompt_len:length].tolist()),
                 finish_reason=reason,
                 prompt_tokens=prompt_len,

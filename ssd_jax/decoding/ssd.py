@@ -28,7 +28,7 @@ from ssd_jax.control_flow import run_if
 from ssd_jax.decoding.emission import emit, write_where
 from ssd_jax.decoding.finish import Finish
 from ssd_jax.decoding.speculative import add_round, draft_room, verified_tokens, verify_round
-from ssd_jax.drafting.draft_model import draft_tokens, match_vocabulary
+from ssd_jax.drafting.draft_model import draft_tokens, match_vocabulary, within_context
 from ssd_jax.drafting.drafts import choose_rows, point_masses
 from ssd_jax.drafting.ngram import NgramConfig, draft_ngram, update_ngram
 from ssd_jax.fan_out import FanOut
@@ -109,6 +109,7 @@ def propose(
         )
     hit = found & running
     room = draft_room(sampling, text, speculator.draft_len)
+    room = within_context(speculator.config, text.lengths, room)
     tables = state.tables
     if speculator.ngram is not None:
         tables = update_ngram(
