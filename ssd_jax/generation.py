@@ -16,7 +16,7 @@ from ssd_jax.decoding.finish import Finish
 from ssd_jax.engine.batch import Batch, Request, make_batch, make_requests
 from ssd_jax.engine.counts import SpeculationCounts, count_speculation
 from ssd_jax.engine.method import Method, autoregressive, speculative
-from ssd_jax.engine.speculation import Speculation, check_options, check_pair
+from ssd_jax.engine.speculation import Speculation, check_devices, check_options, check_pair
 from ssd_jax.engine.ssd import speculative_speculative
 from ssd_jax.engine.ssd_options import SSD
 from ssd_jax.field_checks import check
@@ -132,6 +132,8 @@ def choose_method(
         return autoregressive(model), make_batch(model, requests)
     if speculation.draft is not None:
         check_pair(model, speculation.draft)
+        if isinstance(speculation, Speculation):
+            check_devices(model, speculation.draft)
     check_options(speculation.verification, [request.params for request in requests])
     batch = make_batch(model, requests, speculation.longest_draft, speculation.draft)
     if isinstance(speculation, SSD):
@@ -148,8 +150,7 @@ def _run(
 ) -> Iterator[Delta]:
     """Decode the requests; where the host must look, after the first step and then every while."""
     method, batch = choose_method(model, requests, speculation)
-    drafters = () if speculation is None else speculation.names
-    rows = [_Row(model, index, request, drafters) for index, request in enumerate(requests)]
+    rows = [_Row(model, index, request, speculation) for index, request in enumerate(requests)]
     state = method.prefill(batch)
     num_steps = 1 if must_look else batch.max_steps
     while any(row.completion is None for row in rows):
@@ -189,9 +190,11 @@ _Details = tuple[Logprobs | None, SpeculationStats | None, LookupStats | None]
 class _Row:
     """What the host keeps for one request while it is decoded."""
 
-    def __init__(self, model: Model, index: int, request: Request, drafters: Sequence[str]) -> None:
+    def __init__(
+        self, model: Model, index: int, request: Request, speculation: Speculation | SSD | None
+    ) -> None:
         self.index = index
-        self._drafters = drafters
+        self._speculation = speculation
         self.completion: Completion | None = None
         self._request = request
         self._seen = len(request.prompt_ids)
@@ -237,6 +240,10 @@ class _Row:
         self._text.append(text)
         if reason is not None:
             logprobs, stats, lookups = details()
+            counts = None
+            if self._speculation is not None and stats is not None:
+                span = slice(prompt_len, length)
+                counts = count_speculation(stats, lookups, self.index, span, self._speculation)
             self.completion = Completion(
                 text="".join(self._text),
                 token_ids=tuple(tokens[self.index, prompt_len:length].tolist()),
@@ -244,11 +251,7 @@ class _Row:
                 prompt_tokens=prompt_len,
                 seed=self._request.seed,
                 logprobs=self._logprobs(tokens, logprobs, length),
-                speculation=(
-                    None
-                    if stats is None
-                    else count_speculation(stats, lookups, self.index, self._drafters)
-                ),
+                speculation=counts,
             )
         return Delta(row=self.index, text=text, token_ids=tuple(new), completion=self.completion)
 

@@ -4,13 +4,13 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from ssd_jax.checkpointing import load_checkpoint, read_config
 from ssd_jax.config import ModelConfig
 from ssd_jax.errors import CheckpointError
+from ssd_jax.jax_settings import check_jax_settings, first_device
 from ssd_jax.memory import params_bytes, require_memory
 from ssd_jax.text import Tokenizer, load_tokenizer
 from ssd_jax.types import ModelParams
@@ -54,7 +54,8 @@ def load_model(folder: str | Path | None = None, dtype: DTypeName | None = None)
         MemoryBudgetError: the weights do not fit the device.
     """
     path = demo_folder("target") if folder is None else Path(folder)
-    device = jax.devices()[0]
+    check_jax_settings()
+    device = first_device()
     if dtype is None and device.platform == "cpu":
         dtype = "float32"
     config = read_config(path)

@@ -17,7 +17,7 @@ Donated trees (`KVCache`, `DecodeState`) hold buffers and nothing else.
 """
 
 from flax import struct
-from jaxtyping import Array, Bool, Float, Int, PyTree, UInt32
+from jaxtyping import Array, Bool, Float, Int, Int8, PyTree, UInt32
 
 
 @struct.dataclass
@@ -144,18 +144,14 @@ class Verdict:
 
 @struct.dataclass
 class SpeculationStats:
-    """What speculation did for each row so far, drafter by drafter.
+    """A log of each row's rounds, by the position in the text of the first token they emitted.
 
-    `target_steps` counts passes of the target, `drafts` the rounds in which a drafter proposed
-    something, `drafted` and `accepted` tokens, and `accepted_at[b, p, j]` how often the token at
-    draft position j was accepted.
+    An entry holds 1 + the index of the drafter (0 where no round began), how many tokens it drafted
+    and how many of them the target accepted. What is counted is left to the host (`engine.counts`),
+    which alone knows where a text ended.
     """
 
-    target_steps: Int[Array, "B"]
-    drafts: Int[Array, "B P"]
-    drafted: Int[Array, "B P"]
-    accepted: Int[Array, "B P"]
-    accepted_at: Int[Array, "B P J"]
+    rounds: Int8[Array, "B S 3"]
 
 
 @struct.dataclass
@@ -190,16 +186,12 @@ class DecodeState:
 
 @struct.dataclass
 class LookupStats:
-    """What the speculation cache did for each row; index 1 of the second axis: after a hit.
+    """Which drafts came out of the speculation cache, by position as in `SpeculationStats`.
 
-    `lookups` counts outcomes that were looked up, `hits` those that were found, `found_at` how
-    often in which branch, `accepted` how many drafts had 0, 1, ... tokens accepted.
+    An entry is 1 + the index of the branch, 0 where no prepared draft was found.
     """
 
-    lookups: Int[Array, "B 2"]
-    hits: Int[Array, "B 2"]
-    found_at: Int[Array, "B 2 R"]
-    accepted: Int[Array, "B 2 J+1"]
+    found: Int[Array, "B S"]
 
 
 @struct.dataclass

@@ -16,6 +16,7 @@ from ssd_jax import Model, SamplingParams, load_model
 from ssd_jax.checkpointing import load_checkpoint
 from ssd_jax.cli.environment import use_compilation_cache
 from ssd_jax.engine.batch import make_requests
+from ssd_jax.engine.counts import count_speculation
 from ssd_jax.generation import choose_method
 
 
@@ -53,14 +54,17 @@ class Ours:
         row = jax.device_get(target.tokens)[0]
         done = time.perf_counter()
         start = len(request.prompt)
-        drafted, accepted = (None, None) if stats is None else (stats.drafted, stats.accepted)
+        counts = None
+        if speculation is not None and stats is not None:
+            span = slice(start, start + request.max_tokens)
+            counts = count_speculation(stats, None, 0, span, speculation).total
         return Answer(
             tokens=row[start : start + request.max_tokens].tolist(),
             first_s=prefilled - started,
             decode_s=done - prefilled,
             decode_tokens=request.max_tokens,
-            drafted=None if drafted is None else int(drafted[0].sum()),
-            accepted=None if accepted is None else int(accepted[0].sum()),
+            drafted=None if counts is None else counts.num_draft_tokens,
+            accepted=None if counts is None else counts.num_accepted_tokens,
         )
 
     def _method(self, request: Run, params: SamplingParams) -> BenchMethod:

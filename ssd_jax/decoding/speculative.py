@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from ssd_jax.config import ModelConfig
 from ssd_jax.control_flow import run_if
 from ssd_jax.decoding.autoregressive import decode_step
-from ssd_jax.decoding.emission import emit, record_logprobs
+from ssd_jax.decoding.emission import emit, record_logprobs, write_where
 from ssd_jax.decoding.finish import Finish
 from ssd_jax.drafting.drafter import Drafter
 from ssd_jax.drafting.pace import draft_limits, update_pace
@@ -116,7 +116,7 @@ def decode_speculative(
         return count + 1, SpeculativeState(
             target=after,
             drafter=drafter.learn(before, after, draft, memory),
-            stats=add_round(state.stats, draft, num_accepted, running, after, before),
+            stats=add_round(state.stats, draft, num_accepted, running, before),
             pace=None if pace is None else update_pace(pace, draft, num_accepted, running),
         )
 
@@ -190,20 +190,9 @@ def add_round(
     draft: Draft,
     num_accepted: Int[Array, "B"],
     running: Bool[Array, "B"],
-    after: DecodeState,
     before: DecodeState,
 ) -> SpeculationStats:
-    """The statistics with one more round of the running rows; only emitted tokens count."""
-    num_drafters = stats.drafts.shape[1]
-    ran = running.astype(jnp.int32)
-    mine = (draft.drafter[:, None] == jnp.arange(num_drafters)).astype(jnp.int32) * ran[:, None]
-    accepted = jnp.minimum(num_accepted, after.lengths - before.lengths)
-    offsets = jnp.arange(draft.tokens.shape[1], dtype=jnp.int32)
-    stood = (offsets < accepted[:, None]).astype(jnp.int32)
-    return SpeculationStats(
-        target_steps=stats.target_steps + ran,
-        drafts=stats.drafts + mine * (draft.count > 0).astype(jnp.int32)[:, None],
-        drafted=stats.drafted + mine * draft.count[:, None],
-        accepted=stats.accepted + mine * accepted[:, None],
-        accepted_at=stats.accepted_at + mine[..., None] * stood[:, None],
-    )
+    """The log with one more round of the running rows, which began with the text `before`."""
+    entry = jnp.stack([draft.drafter + 1, draft.count, num_accepted], axis=-1).astype(jnp.int8)
+    rounds = write_where(stats.rounds, before.lengths, running[:, None], entry[:, None])
+    return SpeculationStats(rounds=rounds)

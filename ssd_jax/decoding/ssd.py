@@ -21,14 +21,14 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from ssd_jax.config import ModelConfig
 from ssd_jax.control_flow import run_if
-from ssd_jax.decoding.emission import emit
+from ssd_jax.decoding.emission import emit, write_where
 from ssd_jax.decoding.finish import Finish
 from ssd_jax.decoding.speculative import add_round, draft_room, verified_tokens, verify_round
-from ssd_jax.drafting.draft_model import draft_tokens, match_vocabulary
+from ssd_jax.drafting.draft_model import draft_tokens, match_vocabulary, within_context
 from ssd_jax.drafting.drafts import choose_rows, point_masses
 from ssd_jax.drafting.ngram import NgramConfig, draft_ngram, update_ngram
 from ssd_jax.fan_out import FanOut
@@ -109,6 +109,7 @@ def propose(
         )
     hit = found & running
     room = draft_room(sampling, text, speculator.draft_len)
+    room = within_context(speculator.config, text.lengths, room)
     tables = state.tables
     if speculator.ngram is not None:
         tables = update_ngram(
@@ -132,7 +133,9 @@ def propose(
         draft=draft,
         was_hit=hit,
         tables=tables,
-        stats=add_lookup(state, before, verdict, hit, branch, running),
+        stats=LookupStats(
+            found=write_where(state.stats.found, text.lengths, hit[:, None], branch[:, None] + 1)
+        ),
     )
     message = [draft.tokens, draft.count[:, None], hit[:, None].astype(jnp.int32)]
     return state, jnp.concatenate(message, axis=1), draft.law
@@ -192,7 +195,7 @@ def verify_draft(
     after, verdict = verify_round(
         config, params, sampling, state, draft, synthetic_acceptance, verification
     )
-    stats = add_round(stats, draft, verdict.num_accepted, running, after, state)
+    stats = add_round(stats, draft, verdict.num_accepted, running, state)
     outcome = jnp.stack([verdict.num_accepted, verdict.bonus_token, after.finish], axis=1)
     return after, stats, outcome
 
@@ -270,50 +273,6 @@ def add_token(counts: Int[Array, "B R V"], tokens: Int[Array, "B R"]) -> Int[Arr
     rows = jnp.arange(counts.shape[0], dtype=jnp.int32)[:, None]
     branches = jnp.arange(counts.shape[1], dtype=jnp.int32)
     return counts.at[rows, branches, tokens].add(1)
-
-
-@jax.jit
-def stats_so_far(state: SpeculatorState, outcome: Int[Array, "B 3"]) -> LookupStats:
-    """The statistics with how much the last outcome accepted, which the next `propose` would count.
-
-    Without it they would depend on whether the host ended a text before or after that.
-    """
-    judged = (state.text.finish == Finish.RUNNING) & (outcome[:, 0] >= 0)
-    return add_accepted(state.stats, state.was_hit, outcome[:, 0], judged)
-
-
-def add_lookup(
-    state: SpeculatorState,
-    before: DecodeState,
-    verdict: Verdict,
-    hit: Array,
-    branch: Int[Array, "B"],
-    running: Array,
-) -> LookupStats:
-    """The statistics with one more outcome of the rows that were running."""
-    stats, kind = state.stats, state.was_hit.astype(jnp.int32)
-    judged = (before.finish == Finish.RUNNING) & (verdict.num_accepted >= 0)
-    rows = jnp.arange(len(kind), dtype=jnp.int32)
-    hits = (hit & judged).astype(jnp.int32)
-    looked_up = (running & judged).astype(jnp.int32)
-    return LookupStats(
-        lookups=stats.lookups.at[rows, kind].add(looked_up),
-        hits=stats.hits.at[rows, kind].add(hits),
-        found_at=stats.found_at.at[rows, kind, branch].add(hits),
-        accepted=add_accepted(stats, state.was_hit, verdict.num_accepted, judged).accepted,
-    )
-
-
-def add_accepted(
-    stats: LookupStats,
-    was_hit: Bool[Array, "B"],
-    num_accepted: Int[Array, "B"],
-    judged: Bool[Array, "B"],
-) -> LookupStats:
-    """The statistics with the accepted tokens of the rows whose drafts were judged."""
-    rows, kind = jnp.arange(len(judged), dtype=jnp.int32), was_hit.astype(jnp.int32)
-    accepted = stats.accepted.at[rows, kind, num_accepted].add(judged.astype(jnp.int32))
-    return dataclasses.replace(stats, accepted=accepted)
 
 
 def _divide(speculator: Speculator, values: Array, *, axis: int | None) -> Array:

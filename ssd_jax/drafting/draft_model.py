@@ -111,6 +111,16 @@ def catch_up(
     return jax.lax.while_loop(is_behind, feed, cache)
 
 
+def within_context(
+    config: ModelConfig, lengths: Int[Array, "B"], limit: Int[Array, "B"]
+) -> Int[Array, "B"]:
+    """The limits on a draft, cut so that the text with it fits the draft model's own context.
+
+    The target's may be longer: beyond the draft's, the draft model proposes nothing.
+    """
+    return jnp.clip(limit, 0, jnp.maximum(config.max_context - lengths, 0))
+
+
 def match_vocabulary(logits: Float[Array, "... W"], vocab_size: int) -> Float[Array, "... V"]:
     """Draft logits cut or padded to the target's number of ids (embeddings may be padded apart)."""
     missing = vocab_size - logits.shape[-1]

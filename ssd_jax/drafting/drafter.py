@@ -13,7 +13,7 @@ from jaxtyping import Array, Int, PyTree
 
 from ssd_jax.config import ModelConfig
 from ssd_jax.control_flow import run_if
-from ssd_jax.drafting.draft_model import catch_up, draft_tokens
+from ssd_jax.drafting.draft_model import catch_up, draft_tokens, within_context
 from ssd_jax.drafting.drafts import choose_rows, point_masses
 from ssd_jax.drafting.ngram import NgramConfig, NgramState, draft_ngram, update_ngram
 from ssd_jax.types import DecodeState, Draft, KVCache, ModelParams, Sampling
@@ -100,6 +100,7 @@ class ModelDrafter:
     ) -> tuple[Draft, KVCache]:
         """As many tokens as the limits allow; only a drafter that may decline can fall behind."""
         limit = jnp.minimum(limits[0], self.draft_len)
+        limit = within_context(self.config, target.lengths, limit)
 
         def propose(cache: KVCache) -> tuple[Draft, KVCache]:
             if self.may_decline:

@@ -13,6 +13,7 @@ from ssd_jax.config import ModelConfig
 from ssd_jax.decoding.finish import Finish
 from ssd_jax.errors import RequestError, shown
 from ssd_jax.field_checks import check
+from ssd_jax.jax_settings import check_jax_settings
 from ssd_jax.memory import batch_bytes, require_memory
 from ssd_jax.model import Model
 from ssd_jax.sampling_params import SamplingParams
@@ -57,6 +58,7 @@ def make_requests(
         for
             than the context holds, or numbers of prompts and options that differ.
     """
+    check_jax_settings()
     check("model", model, Model)
     if isinstance(prompts, str):
         raise RequestError(

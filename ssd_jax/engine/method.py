@@ -64,7 +64,7 @@ def speculative(model: Model, speculation: Speculation) -> Method:
     def prefill(batch: Batch) -> SpeculativeState:
         # What is not said to be on the devices where the program will leave it compiles it twice.
         small = home(model)
-        stats = no_stats(len(batch.lengths), len(drafter.names), drafter.draft_len)
+        stats = no_stats(batch)
         pace = None if times is None else _no_pace(len(drafter.names), len(batch.lengths))
         return SpeculativeState(
             target=read_prompts(model, batch),
@@ -112,16 +112,9 @@ def prefill_drafter(
     return cache if tables is None else (tables, cache)
 
 
-def no_stats(num_rows: int, num_drafters: int, draft_len: int) -> SpeculationStats:
+def no_stats(batch: Batch) -> SpeculationStats:
     """The statistics of a batch for which nothing was done yet."""
-    by_drafter = num_rows, num_drafters
-    return SpeculationStats(
-        target_steps=jnp.zeros(num_rows, jnp.int32),
-        drafts=jnp.zeros(by_drafter, jnp.int32),
-        drafted=jnp.zeros(by_drafter, jnp.int32),
-        accepted=jnp.zeros(by_drafter, jnp.int32),
-        accepted_at=jnp.zeros((*by_drafter, draft_len), jnp.int32),
-    )
+    return SpeculationStats(rounds=jnp.zeros((*batch.tokens.shape, 3), jnp.int8))
 
 
 _no_pace = jax.jit(init_pace, static_argnums=(0, 1))

@@ -49,7 +49,8 @@ def measure_round_times(
     rows = []
     for name in drafter.names:
         if name == "draft" and speculation.draft is not None:
-            batch = _measured_batch(model, speculation.draft_len, params, batch_size)
+            context = min(model.config.max_context, speculation.draft.config.max_context)
+            batch = _measured_batch(model, speculation.draft_len, params, batch_size, context)
             one, step_s = _measure_draft(adaptive, batch, unread_state(model, batch))
             own_len = speculation.draft_len
         else:
@@ -73,7 +74,7 @@ def measure_pass_times(
 ) -> dict[int, float]:
     """Seconds of one pass of the target of each width, verification and emission included."""
     config, weights = model.config, model.params
-    batch = _measured_batch(model, max(widths), params, batch_size)
+    batch = _measured_batch(model, max(widths), params, batch_size, config.max_context)
     state = unread_state(model, batch)
     runs = {
         width: functools.partial(_run_passes, config, weights, batch.sampling, state, width=width)
@@ -90,10 +91,10 @@ def _placeholder_times(speculation: Speculation) -> RoundTimes:
 
 
 def _measured_batch(
-    model: Model, room: int, params: SamplingParams | None, batch_size: int
+    model: Model, room: int, params: SamplingParams | None, batch_size: int, context: int
 ) -> Batch:
-    """Some text with room for `room` tokens more."""
-    length = max(1, min(CONTEXT, model.config.max_context - room))
+    """Some text in a context of that size, with room for `room` tokens more."""
+    length = max(1, min(CONTEXT, context - room))
     params = dataclasses.replace(params or SamplingParams(), max_tokens=room, stop=())
     requests = make_requests(model, [[0] * length] * batch_size, params)
     return make_batch(model, requests, room)

@@ -10,6 +10,7 @@ from ssd_jax.drafting.ngram import NgramConfig
 from ssd_jax.errors import ConfigError, RequestError
 from ssd_jax.field_checks import Probability, Range, check_fields, shown
 from ssd_jax.model import Model
+from ssd_jax.placement import home
 from ssd_jax.sampling_params import SamplingParams
 from ssd_jax.text import Tokenizer
 from ssd_jax.verification import Verification
@@ -142,18 +143,14 @@ def check_options(verification: Verification, params: Sequence[SamplingParams]) 
 
 
 def check_pair(target: Model, draft: Model) -> None:
-    """Refuse a draft that does not speak the target's vocabulary or has a shorter context.
+    """Refuse a draft that does not speak the target's vocabulary.
 
     Embeddings padded to different sizes are fine; the maps between tokens and ids must agree.
+    A draft with a shorter context drafts as far as that goes.
 
     Raises:
-        ConfigError: naming the first id at which they differ, or both contexts.
+        ConfigError: naming the first id at which they differ.
     """
-    if draft.config.max_context < target.config.max_context:
-        raise ConfigError(
-            f"The draft's context must be at least the target's, got {draft.config.max_context} "
-            f"against {target.config.max_context} tokens: choose another draft model."
-        )
     if target.tokenizer is None or draft.tokenizer is None:
         if target.config.vocab_size != draft.config.vocab_size:
             raise ConfigError(
@@ -169,6 +166,22 @@ def check_pair(target: Model, draft: Model) -> None:
         raise ConfigError(
             f"Target and draft must share one vocabulary, but id {token_id} is {ours!r} for the "
             f"target and {theirs!r} for the draft: choose a draft of the same tokenizer."
+        )
+
+
+def check_devices(target: Model, draft: Model) -> None:
+    """Refuse a draft on other devices than the target's, as one program runs both.
+
+    Raises:
+        ConfigError: naming both.
+    """
+    places = [home(model).device_set for model in (target, draft)]
+    if places[0] != places[1]:
+        ours, theirs = (", ".join(sorted(map(str, devices))) for devices in places)
+        raise ConfigError(
+            f"Speculation runs target and draft on the same devices, got the target on {ours} and "
+            f"the draft on {theirs}: place both alike, or take SSD, which has them work side by "
+            "side."
         )
 
 

@@ -19,14 +19,13 @@ from ssd_jax.decoding.ssd import (
     Speculator,
     prepare,
     propose,
-    stats_so_far,
     verify_draft,
 )
 from ssd_jax.drafting.drafts import point_masses
 from ssd_jax.engine.batch import Batch
 from ssd_jax.engine.method import Method, no_stats
 from ssd_jax.engine.prompts import learn_prompts, read_prompts
-from ssd_jax.engine.ssd_options import NAMES, SSD
+from ssd_jax.engine.ssd_options import SSD
 from ssd_jax.errors import DeviceError, RequestError
 from ssd_jax.model import Model
 from ssd_jax.placement import home
@@ -95,7 +94,7 @@ def speculative_speculative(model: Model, ssd: SSD) -> Method:
     return Method(
         prefill=functools.partial(begin, programs),
         advance=advance,
-        view=lambda run: (run.target, run.stats, stats_so_far(run.speculator, run.outcome)),
+        view=lambda run: (run.target, run.stats, run.speculator.stats),
         stop=stop,
     )
 
@@ -130,10 +129,9 @@ def open_programs(model: Model, ssd: SSD) -> Programs:
 def begin(programs: Programs, batch: Batch) -> Run:
     """The prompts read by both models, and nothing prepared."""
     target_home, draft_home = programs.target_home, programs.draft_home
-    stats = no_stats(len(batch.lengths), len(NAMES), programs.speculator.draft_len)
     return Run(
         target=read_prompts(programs.target, batch),
-        stats=jax.device_put(stats, target_home),
+        stats=jax.device_put(no_stats(batch), target_home),
         target_sampling=jax.device_put(batch.sampling, target_home),
         speculator=jax.device_put(_open_speculator(programs, batch), draft_home),
         draft_sampling=jax.device_put(batch.sampling, draft_home),
@@ -241,10 +239,5 @@ def _open_speculator(programs: Programs, batch: Batch) -> SpeculatorState:
         draft=nothing,
         was_hit=jnp.zeros(num_rows, bool),
         tables=None if speculator.ngram is None else learn_prompts(speculator.ngram, batch),
-        stats=LookupStats(
-            lookups=jnp.zeros((num_rows, 2), jnp.int32),
-            hits=jnp.zeros((num_rows, 2), jnp.int32),
-            found_at=jnp.zeros((num_rows, 2, num_branches), jnp.int32),
-            accepted=jnp.zeros((num_rows, 2, draft_len + 1), jnp.int32),
-        ),
+        stats=LookupStats(found=jnp.zeros(batch.tokens.shape, jnp.int32)),
     )

@@ -54,6 +54,7 @@ def test_statistics_say_how_much_was_accepted(draft):
             "num_draft_tokens": 9,
             "num_accepted_tokens": 9,
             "num_accepted_tokens_per_pos": [3, 3, 3],
+            "num_emitted_tokens": 12,
             "acceptance_rate": 1,
         }
     }

@@ -193,6 +193,7 @@ def completion_counts(fan_out, laws, rounds, rng):
         num_draft_tokens=rounds,
         num_accepted_tokens=0,
         num_accepted_tokens_per_pos=(0,),
+        num_emitted_tokens=rounds,
     )
     return SpeculationCounts(
         target_steps=rounds,

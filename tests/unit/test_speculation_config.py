@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import pytest
 import tokenizers
 from tiny_models import CONFIGS, make_tiny, prompt_ids, tiny, tiny_tokenizer
@@ -9,8 +10,10 @@ from tokenizers import models
 
 from ssd_jax.drafting.ngram import NgramConfig
 from ssd_jax.engine.speculation import RoundTimes, Speculation, check_pair, first_mismatch
+from ssd_jax.engine.ssd_options import SSD
 from ssd_jax.errors import ConfigError, RequestError
 from ssd_jax.generation import generate, stream
+from ssd_jax.placement import place_model
 from ssd_jax.sampling_params import SamplingParams
 
 NAME = "llama"
@@ -45,11 +48,37 @@ def test_an_unknown_verification_is_refused_with_the_known_ones(verification):
     assert repr(verification) in str(caught.value)
 
 
-def test_a_draft_with_a_shorter_context_is_refused():
-    with pytest.raises(ConfigError, match="512 against 1024"):
-        check_pair(model_with(), model_with(max_context=512))
-    check_pair(model_with(max_context=512), model_with())
-    check_pair(model_with(), model_with())
+@pytest.mark.parametrize("run", [generate, stream])
+def test_target_and_draft_on_different_devices_are_refused_before_anything_runs(run):
+    devices = jax.devices()
+    target, draft = (place_model(model_with(), device) for device in devices[:2])
+    options = SamplingParams(max_tokens=2)
+    with pytest.raises(ConfigError, match=r"same devices, got the target on .*0 .* on .*1: "):
+        list(run(target, [[1]], options, speculation=Speculation(draft=draft)))
+    together = Speculation(draft=place_model(draft, devices[0]))
+    assert list(run(target, [[1]], options, speculation=together))
+
+
+@pytest.mark.parametrize("kind", ["draft", "combined", "ssd", "ssd rejection"])
+def test_a_draft_with_a_shorter_context_drafts_as_far_as_it_goes(kind):
+    """Here the target itself: all it drafts is right, up to its 24th token and no further."""
+    target = model_with()
+    draft = dataclasses.replace(target, config=dataclasses.replace(target.config, max_context=24))
+    prompts, options = [prompt_ids(8), prompt_ids(30)], SamplingParams(max_tokens=40, seed=0)
+    match kind.split():
+        case ["draft"]:
+            speculation = Speculation(draft=draft)
+        case ["combined"]:
+            speculation = Speculation(draft=draft, ngram=NgramConfig(n=40))
+        case ["ssd", *rest]:
+            speculation = SSD(draft=draft, verification="rejection" if rest else "coupled")
+    plain = generate(target, prompts, options)
+    completions = generate(target, prompts, options, speculation=speculation)
+    assert [c.token_ids for c in completions] == [c.token_ids for c in plain]
+    first, second = (c.speculation for c in completions)
+    assert first.total.num_accepted_tokens == first.total.num_draft_tokens == 13
+    assert (first.target_steps, first.total.num_drafts) == (27, 4)
+    assert (second.target_steps, second.total.num_drafts) == (40, 0)
 
 
 def test_without_tokenizers_the_sizes_must_agree():

@@ -50,18 +50,11 @@ def test_counts_are_those_of_a_replay(scale, fallback):
     options = ssd(scale, fallback=fallback)
     seen = rounds(target(), options, PROMPTS, LONG)
     lookups, found_at, accepted = replay(seen)
-    stats = seen[-1].speculator.stats
-    np.testing.assert_array_equal(stats.lookups, lookups)
-    np.testing.assert_array_equal(stats.found_at, found_at)
-    np.testing.assert_array_equal(stats.hits, found_at.sum(axis=-1))
-    np.testing.assert_array_equal(stats.accepted, accepted)
-    totals = seen[-1].stats
-    np.testing.assert_array_equal(totals.target_steps, accepted.sum(axis=(1, 2)))
     by_length = (accepted * np.arange(DRAFT_LEN + 1)).sum(axis=-1)
-    np.testing.assert_array_equal(totals.accepted[:, ::-1], by_length)  # miss is fallback
     completions = generate(target(), PROMPTS, LONG, speculation=options)
     for row, completion in enumerate(completions):
         own = completion.speculation.lookups
+        assert completion.speculation.target_steps == accepted[row].sum()
         assert own.lookups == tuple(lookups[row])
         assert own.hits == tuple(found_at[row].sum(axis=-1))
         assert own.found_at == tuple(map(tuple, found_at[row]))
