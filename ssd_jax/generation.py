@@ -225,7 +225,8 @@ class _Row:
         reason = _REASONS.get(code)
         text = ""
         if self._tokenizer is not None and reason == "eos":
-            stops, last = self._request.params.stop, self._tokenizer.id_to_token(new[-1])
+            stops = tuple(self._request.params.stop)
+            last = self._tokenizer.id_to_token(new[-1])
             reason = "stop" if last in stops else reason  # a stop string that is a special token
         if self._stream is not None:
             delta = self._stream.push(new[:-1] if code == Finish.EOS else new)

@@ -100,7 +100,10 @@ def test_greedy_verification_does_not_change_the_text(generate, draft):
         (("--method", "combined"), "--method combined needs --draft-model"),
         (("--method", "ar", "--draft-model", "anywhere"), "--method ar uses no draft model"),
         (("--method", "ngram", "--draft-model", "any"), "--method ngram uses no draft model"),
-        (("--method", "ngram", "--ngram-n", "65"), "n of n-gram drafting must be a whole number from 1 to 64"),
+        (
+            ("--method", "ngram", "--ngram-n", "65"),
+            "n of n-gram drafting must be a whole number from 1 to 64",
+        ),
         (("--draft-model", "no such folder"), "no such folder"),
         (("--synthetic-acceptance", "0.5"), "--method ar drafts nothing"),
         (
