@@ -22,6 +22,7 @@ OTHERS = {
     "bench/first_light/processes.py",
     "bench/peers/client.py",
     "bench/peers/llama_cpp_peer.py",
+    "ssd_jax/text/template_worker.py",  # what a template writes into a prompt
     "bench/peers/openai_peer.py",
     "bench/peers/protocol.py",
     "bench/peers/resuming.py",
