@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ssd_jax.cli.busy import busy
 from ssd_jax.cli.flags import AUTO
 from ssd_jax.cpu_clients import draft_cpu
 from ssd_jax.drafting.ngram import NgramConfig
@@ -14,6 +15,7 @@ from ssd_jax.engine.speculation import DEFAULT_DRAFT_LEN, Speculation, check_pai
 from ssd_jax.engine.ssd_options import SSD
 from ssd_jax.errors import RequestError
 from ssd_jax.fan_out import FanOut
+from ssd_jax.hub import model_folder
 from ssd_jax.model import Model, demo_folder, load_model
 from ssd_jax.placement import place_model, spare_device
 from ssd_jax.sampling_params import SamplingParams
@@ -66,10 +68,13 @@ def open_speculation(
         synthetic_acceptance=args.synthetic_acceptance,
     )
     if args.exact and not args.quiet:
-        print(_exactness_cost(model, speculation, params), file=sys.stderr)
+        with busy("measuring what --exact costs", quiet=args.quiet):
+            cost = _exactness_cost(model, speculation, params)
+        print(cost, file=sys.stderr)
     if not auto:
         return speculation
-    times = measure_round_times(model, speculation, params)
+    with busy("measuring what rounds cost here, for -k auto", quiet=args.quiet):
+        times = measure_round_times(model, speculation, params)
     return dataclasses.replace(speculation, round_times=times)
 
 
@@ -175,7 +180,10 @@ def load_draft(args: argparse.Namespace, model: Model, method: str) -> Model:
     """
     if args.model and not args.draft_model:
         raise RequestError(f"--method {method} needs --draft-model for a model of your own.")
-    draft = load_model(args.draft_model or demo_folder("draft"), args.dtype)
+    name = args.draft_model
+    folder = demo_folder("draft") if name is None else model_folder(name, quiet=args.quiet)
+    with busy(f"loading {name or 'the demo draft'}", quiet=args.quiet):
+        draft = load_model(folder, args.dtype)
     check_pair(model, draft)
     return draft
 

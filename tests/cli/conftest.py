@@ -10,6 +10,7 @@ import pytest
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from ssd_jax.cli import busy
 from ssd_jax.cli.main import main
 
 VOCAB_SIZE = 128
@@ -86,8 +87,10 @@ def chat_checkpoint(tiny_checkpoint, tmp_path_factory):
 def run(monkeypatch, capsys, jax_settings):
     """Runs a command line in this process: `run(*argv, stdin=..., VARIABLE=...)`.
 
-    Programs go to the cache that the test run has, if any.
+    Programs go to the cache that the test run has, if any; that something takes long is not said,
+    however slow the machine.
     """
+    monkeypatch.setattr(busy, "LINE_DELAY_S", 10**6)
     cache = jax.config.jax_compilation_cache_dir or "off"
 
     def run(*argv, stdin=b"", **variables):
