@@ -135,6 +135,12 @@ def _add_speculation_flags(group: argparse._ArgumentGroup) -> None:
         help="most tokens drafted in a round, 1 to 64, of combined by the model (default: 4, for "
         "ngram 11); auto measures what rounds cost and drafts as much as pays, or nothing",
     )
+    _add_switch(
+        group,
+        "--measure-again",
+        "-k auto: measure although times of an earlier run are kept, and keep the new ones",
+        default=False,
+    )
     group.add_argument(
         "--ngram-kind",
         choices=("simple", "map", "mod"),
