@@ -27,6 +27,7 @@ from bench.arguments import make_parser, read_arguments
 from bench.micro_parts import PARTS, Pair, Part
 from bench.record import environment, write_record
 from ssd_jax import load_model, place_model, split_cpu
+from ssd_jax.cli.busy import busy
 from ssd_jax.cli.environment import use_compilation_cache
 from ssd_jax.cli.flags import add_device_flags, add_model_flags
 from ssd_jax.cli.parser import whole_number
@@ -46,8 +47,9 @@ def main(argv: Sequence[str]) -> int:
         raise RequestError("A --model of your own needs --draft-model as well.")
     use_compilation_cache(args.compilation_cache)
     draft_device = split_cpu()[1] if args.split else None
-    target = load_model(args.model, args.dtype)
-    draft = load_model(args.draft_model or demo_folder("draft"), args.dtype)
+    with busy("loading the models", quiet=False):
+        target = load_model(args.model, args.dtype)
+        draft = load_model(args.draft_model or demo_folder("draft"), args.dtype)
     check_pair(target, draft)
     if draft_device is not None:
         draft = place_model(draft, draft_device)

@@ -29,6 +29,7 @@ from bench.record import save_progress, write_record
 from bench.screening import Prompt, choose_prompts
 from bench.workloads import Workload
 from ssd_jax import SSD, Model, load_model, place_model, split_cpu
+from ssd_jax.cli.busy import busy
 from ssd_jax.cli.environment import use_compilation_cache
 from ssd_jax.cli.flags import add_device_flags, add_model_flags
 from ssd_jax.cli.parser import number, whole_number
@@ -95,8 +96,9 @@ def open_models(
     """
     if args.model and not args.draft_model:
         raise RequestError("A --model of your own needs --draft-model as well.")
-    target = load_model(args.model, args.dtype)
-    draft = load_model(args.draft_model or demo_folder("draft"), args.dtype)
+    with busy("loading the models", quiet=args.quiet):
+        target = load_model(args.model, args.dtype)
+        draft = load_model(args.draft_model or demo_folder("draft"), args.dtype)
     check_pair(target, draft)
     target = add_idle_layers(target, plan.idle_layers[0])
     draft = add_idle_layers(draft, plan.idle_layers[1])

@@ -6,15 +6,15 @@ refused by name (`config_fields.py`).
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Literal
 
-from ssd_jax.config_fields import FieldReader, refuse_quantised
+from ssd_jax.config_fields import MAX_SIZE, FieldReader, refuse_quantised
 from ssd_jax.errors import ConfigError, shown
 
 Family = Literal["llama", "qwen2", "qwen3"]
 FAMILIES: tuple[Family, ...] = ("llama", "qwen2", "qwen3")
-MAX_SIZE = 2**31 - 1
 MAX_PARAMS = 2**48
 MIN_FLOAT32, MAX_FLOAT32 = 2.0**-126, 2.0**128 * (1 - 2.0**-24)
 
@@ -86,8 +86,9 @@ class ModelConfig:
                 )
         if self.num_params > MAX_PARAMS:
             raise ConfigError(
-                f"These sizes describe {self.num_params:,} weights, more than any model has; "
-                "correct them."
+                f"vocab_size {self.vocab_size}, hidden_size {self.hidden_size}, intermediate_size "
+                f"{self.intermediate_size} and num_layers {self.num_layers} give "
+                f"{self.num_params:.1e} weights, more than any model has; correct them."
             )
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(
@@ -129,8 +130,7 @@ def model_config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
 
     Raises:
         ConfigError: an unsupported architecture, activation, attention or RoPE kind, a missing
-        size,
-            or a field this loader does not know (it might change the maths), always named.
+            size, or a field this loader does not know (it might change the maths), always named.
     """
     family: Family | None = next((name for name in FAMILIES if raw.get("model_type") == name), None)
     if family is None:
@@ -140,35 +140,47 @@ def model_config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
         )
     refuse_quantised(raw)
     reader = FieldReader(raw)
-    num_heads = reader.take("num_attention_heads", int)
-    hidden_size = reader.take("hidden_size", int)
-    max_context = reader.take("max_position_embeddings", int)
+    num_heads = reader.take_size("num_attention_heads")
+    hidden_size = reader.take_size("hidden_size")
+    max_context = reader.take_size("max_position_embeddings")
     rope_theta, rope_scaling = _read_rope(reader, max_context)
-    config = ModelConfig(
-        family=family,
-        vocab_size=reader.take("vocab_size", int),
-        hidden_size=hidden_size,
-        intermediate_size=reader.take("intermediate_size", int),
-        num_layers=reader.take("num_hidden_layers", int),
-        num_heads=num_heads,
-        num_kv_heads=reader.take("num_key_value_heads", int, num_heads),
-        head_dim=reader.take(
-            "head_dim", int, 128 if family == "qwen3" else max(1, hidden_size // max(1, num_heads))
-        ),
-        max_context=max_context,
-        rms_norm_eps=reader.take("rms_norm_eps", float, 1e-6),
-        rope_theta=rope_theta,
-        rope_scaling=rope_scaling,
-        # Qwen2 always has biases on q, k and v; the other two say so themselves.
-        qkv_bias=reader.take("attention_bias", bool, False) or family == "qwen2",
-        output_bias=family != "qwen2" and reader.take("attention_bias", bool, False),
-        mlp_bias=reader.take("mlp_bias", bool, False),
-        qk_norm=family == "qwen3",
-        tied_embeddings=reader.take("tie_word_embeddings", bool, False),
-    )
+    with _of_config_json():
+        config = ModelConfig(
+            family=family,
+            vocab_size=reader.take_size("vocab_size"),
+            hidden_size=hidden_size,
+            intermediate_size=reader.take_size("intermediate_size"),
+            num_layers=reader.take_size("num_hidden_layers"),
+            num_heads=num_heads,
+            num_kv_heads=reader.take_size("num_key_value_heads", num_heads),
+            head_dim=reader.take_size(
+                "head_dim", 128 if family == "qwen3" else max(1, hidden_size // num_heads)
+            ),
+            max_context=max_context,
+            rms_norm_eps=reader.take("rms_norm_eps", float, 1e-6),
+            rope_theta=rope_theta,
+            rope_scaling=rope_scaling,
+            # Qwen2 always has biases on q, k and v; the other two say so themselves.
+            qkv_bias=reader.take("attention_bias", bool, False) or family == "qwen2",
+            output_bias=family != "qwen2" and reader.take("attention_bias", bool, False),
+            mlp_bias=reader.take("mlp_bias", bool, False),
+            qk_norm=family == "qwen3",
+            tied_embeddings=reader.take("tie_word_embeddings", bool, False),
+        )
     _refuse_windows(reader, config)
     reader.refuse_the_rest()
     return config
+
+
+@contextmanager
+def _of_config_json() -> Iterator[None]:
+    """Say of errors within which file they are about, where they do not say it."""
+    try:
+        yield
+    except ConfigError as error:
+        if "config.json" in str(error):
+            raise
+        raise ConfigError(f"config.json cannot be right: {error}") from error
 
 
 def _refuse_windows(reader: FieldReader, config: ModelConfig) -> None:
@@ -218,15 +230,17 @@ def _read_rope(reader: FieldReader, max_context: int) -> tuple[float, RopeScalin
     if kind == "default":
         scaling = None
     elif kind == "linear":
-        scaling = RopeScaling(kind="linear", factor=rope.take("factor", float))
+        with _of_config_json():
+            scaling = RopeScaling(kind="linear", factor=rope.take("factor", float))
     elif kind == "llama3":
-        scaling = RopeScaling(
-            kind="llama3",
-            factor=rope.take("factor", float),
-            low_freq_factor=rope.take("low_freq_factor", float),
-            high_freq_factor=rope.take("high_freq_factor", float),
-            original_max_context=pretrained,
-        )
+        with _of_config_json():
+            scaling = RopeScaling(
+                kind="llama3",
+                factor=rope.take("factor", float),
+                low_freq_factor=rope.take("low_freq_factor", float),
+                high_freq_factor=rope.take("high_freq_factor", float),
+                original_max_context=pretrained,
+            )
     else:
         raise ConfigError(
             f"Unsupported RoPE type {shown(kind)} in config.json: supported are default, linear "

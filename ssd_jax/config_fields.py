@@ -11,6 +11,8 @@ from typing import Any
 
 from ssd_jax.errors import ConfigError, shown
 
+MAX_SIZE = 2**31 - 1  # of what is counted in 32 bits on the device
+
 # How a model was trained, stored, or is sampled from: no value of these changes a logit.
 # fmt: off
 NEVER_MATHS = frozenset(
@@ -121,6 +123,16 @@ class FieldReader:
             )
         return value  # pyright: ignore[reportReturnType]
 
+    def take_size(self, name: str, default: int | None = None) -> int:
+        """The field's value, which must be a whole number above 0 that fits 32 bits."""
+        value = self.take(name, int, default)
+        if not 0 < value <= MAX_SIZE:
+            raise ConfigError(
+                f"Field {name!r} of {self.where} must be a whole number above 0 and below 2**31, "
+                f"got {shown(value)}."
+            )
+        return value
+
     def refuse_the_rest(self, never_maths: Set[str] = NEVER_MATHS) -> None:
         """Raise for what was not read, unless it changes nothing or is quantisation.
 
@@ -139,9 +151,11 @@ class FieldReader:
         unknown = sorted(self._unread - never_maths - known)
         if unknown:
             listed = ", ".join(
-                f"{shown(n, 60)[1:-1]} = {shown(self._fields[n])}" for n in unknown[:5]
+                f"{n if n.isidentifier() and len(n) <= 60 else shown(n, 60)} = "
+                f"{shown(self._fields[n], 60)}"
+                for n in unknown[:2]
             )
-            more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
+            more = f" and {len(unknown) - 2} more" if len(unknown) > 2 else ""
             raise ConfigError(
                 f"{self.where} has the field {listed}{more}, which this loader does not know and "
                 "which may change what the model computes; remove it if you are sure that it does "

@@ -10,6 +10,7 @@ import numpy as np
 from ssd_jax.checkpointing import load_checkpoint, read_config
 from ssd_jax.config import ModelConfig
 from ssd_jax.errors import CheckpointError
+from ssd_jax.hub import model_folder
 from ssd_jax.jax_settings import check_jax_settings, first_device
 from ssd_jax.memory import params_bytes, require_memory
 from ssd_jax.text import Tokenizer, load_tokenizer
@@ -46,14 +47,17 @@ class Model:
 def load_model(folder: str | Path | None = None, dtype: DTypeName | None = None) -> Model:
     """The model in a converted or Hugging Face checkpoint folder; None is the bundled demo target.
 
+    A name that is no folder is one on the Hugging Face hub, `OWNER/NAME` or `OWNER/NAME@REVISION`;
+    see `hub.model_folder` for what is fetched then.
+
     `dtype` None keeps what the checkpoint stores, except on a CPU, where float32 decodes at least
     as fast as bfloat16 for one row and is what exactness is proved in: there it means float32.
 
     Raises:
-        CheckpointError, ConfigError: see `checkpointing.load_checkpoint`.
+        CheckpointError, ConfigError: see `hub.model_folder` and `checkpointing.load_checkpoint`.
         MemoryBudgetError: the weights do not fit the device.
     """
-    path = demo_folder("target") if folder is None else Path(folder)
+    path = demo_folder("target") if folder is None else model_folder(folder)
     check_jax_settings()
     device = first_device()
     if dtype is None and device.platform == "cpu":

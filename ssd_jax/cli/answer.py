@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
-from ssd_jax.cli.compile_clock import CompileClock
+from ssd_jax.cli.compile_clock import CompileClock, showing_compilation
 from ssd_jax.engine.speculation import Speculation
 from ssd_jax.engine.ssd_options import SSD
 from ssd_jax.generation import Completion, stream
@@ -66,7 +66,8 @@ def print_answer(
     """The answer to one prompt, after it is printed as the arguments ask; statistics to stderr."""
     streaming = args.stream and not args.json
     write = _print_piece if streaming else _drop
-    answer = _decode(model, speculation, prompt_ids, params, write)
+    with showing_compilation(write, quiet=args.quiet) as write:
+        answer = _decode(model, speculation, prompt_ids, params, write)
     if args.json:
         print(to_json(_as_json(answer, params)), flush=True)
     else:

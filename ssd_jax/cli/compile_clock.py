@@ -1,16 +1,16 @@
-"""How long JAX spends on making programs rather than running them."""
+"""How long JAX spends on making programs rather than running them, and that it does."""
 
+import contextlib
+from collections.abc import Callable, Iterator
 from types import TracebackType
 
 import jax
 
-_EVENTS = frozenset(
-    {
-        "/jax/core/compile/jaxpr_trace_duration",
-        "/jax/core/compile/jaxpr_to_mlir_module_duration",
-        "/jax/core/compile/backend_compile_duration",  # or its retrieval from the persistent cache
-    }
-)
+from ssd_jax.cli.busy import begin
+
+_LOWERED = "/jax/core/compile/jaxpr_to_mlir_module_duration"
+_COMPILED = "/jax/core/compile/backend_compile_duration"  # or fetched from the persistent cache
+_EVENTS = frozenset({"/jax/core/compile/jaxpr_trace_duration", _LOWERED, _COMPILED})
 
 
 class CompileClock:
@@ -46,3 +46,41 @@ class CompileClock:
     def _record(self, event: str, start_time: float, end_time: float, **kwargs: str | int) -> None:
         if event in _EVENTS:
             self._spans.append((start_time, end_time))
+
+
+@contextlib.contextmanager
+def showing_compilation(
+    write: Callable[[str], None], *, quiet: bool
+) -> Iterator[Callable[[str], None]]:
+    """`write`, until whose first call it is shown on stderr when a program is being compiled.
+
+    After that the line belongs to the text.
+    """
+    end: Callable[[], None] | None = None
+    settled = quiet
+
+    def listen(event: str, start_time: float, end_time: float, **kwargs: str | int) -> None:
+        """An event is told when it is over: what was lowered is compiled next."""
+        nonlocal end
+        if event in (_LOWERED, _COMPILED) and end is not None:
+            end()
+            end = None
+        if event == _LOWERED and not settled:
+            end = begin("compiling", quiet=quiet)
+
+    def settle() -> None:
+        nonlocal settled
+        settled = True
+        if end is not None:
+            end()
+
+    def write_text(text: str) -> None:
+        settle()
+        write(text)
+
+    jax.monitoring.register_event_time_span_listener(listen)
+    try:
+        yield write_text
+    finally:
+        jax.monitoring.unregister_event_time_span_listener(listen)
+        settle()

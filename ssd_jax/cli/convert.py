@@ -1,4 +1,4 @@
-"""`ssd-jax convert`: a Hugging Face folder into our own checkpoint format."""
+"""`ssd-jax convert`: a Hugging Face checkpoint into our own format."""
 
 import argparse
 from pathlib import Path
@@ -7,12 +7,16 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ssd_jax.checkpointing.converter import convert
+from ssd_jax.hub import model_folder
 
 
 def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments that `run_convert` reads."""
     parser.add_argument(
-        "source", metavar="SRC", type=Path, help="folder in the Hugging Face layout"
+        "source",
+        metavar="SRC",
+        type=Path,
+        help="folder in the Hugging Face layout, or OWNER/NAME[@REVISION] on the hub",
     )
     parser.add_argument("destination", metavar="DST", type=Path, help="folder to write")
     parser.add_argument(
@@ -31,6 +35,7 @@ def run_convert(args: argparse.Namespace) -> None:
     Raises:
         SsdJaxError: whatever `convert` raises.
     """
+    source = model_folder(args.source)
     columns = TextColumn("{task.description:<10}"), BarColumn(), DownloadColumn()
     with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bars:
         tasks = {}
@@ -41,6 +46,6 @@ def run_convert(args: argparse.Namespace) -> None:
             bars.update(tasks[stage], completed=done)
 
         manifest = convert(
-            args.source, args.destination, args.dtype, overwrite=args.overwrite, progress=show
+            source, args.destination, args.dtype, overwrite=args.overwrite, progress=show
         )
     print(f"{args.destination}: {manifest.num_params:,} parameters, {manifest.dtype}")

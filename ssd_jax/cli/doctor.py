@@ -4,12 +4,16 @@ import argparse
 import importlib.metadata
 import os
 import platform
+import textwrap
+from collections.abc import Hashable, Iterable
 from pathlib import Path
 from typing import Any, Literal
 
 from ssd_jax.cli.environment import cache_folder, unwritable_reason
 from ssd_jax.json_text import to_json
 
+WIDTH = 80
+_CHOSEN, _SPARE = "chosen", "next choice"  # what the registry says of kernels that can run
 _PACKAGES = (
     "ssd-jax",
     "jax",
@@ -18,6 +22,7 @@ _PACKAGES = (
     "numpy",
     "tokenizers",
     "safetensors",
+    "huggingface-hub",
     "orbax-checkpoint",
 )
 
@@ -29,7 +34,14 @@ def add_doctor_arguments(parser: argparse.ArgumentParser) -> None:
         "--json",
         action=argparse.BooleanOptionalAction,
         default=False,
-        help="one JSON object instead of text; sizes in bytes (default: no)",
+        help="one JSON object with everything instead of text; sizes in bytes (default: no)",
+    )
+    parser.add_argument(
+        "-v",
+        "--verbose",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="a line for every device and kernel instead of one screen (default: no)",
     )
     parser.add_argument(
         "--compilation-cache",
@@ -41,7 +53,8 @@ def add_doctor_arguments(parser: argparse.ArgumentParser) -> None:
 def run_doctor(args: argparse.Namespace) -> int:
     """1 if there is a problem, else 0, after the findings went to stdout."""
     findings = examine(args.compilation_cache)
-    print(to_json(findings, indent=2) if args.json else describe(findings))
+    tell = describe if args.verbose else describe_briefly
+    print(to_json(findings, indent=2) if args.json else tell(findings))
     return 1 if findings["problems"] else 0
 
 
@@ -62,29 +75,88 @@ def examine(cache_choice: str | None) -> dict[str, Any]:
 
 
 def describe(findings: dict[str, Any]) -> str:
-    """The findings as lines for people."""
-    from ssd_jax.memory import format_bytes
-
-    lines = [", ".join(f"{name} {version}" for name, version in findings["versions"].items())]
-    lines.append(f"{findings['cpu_count']} CPU cores")
-    for device in findings["devices"]:
-        free, total = (format_bytes(device[key]) for key in ("memory_free", "memory_total"))
-        lines.append(
-            f"device {device['id']}: {device['platform']}, {device['kind']}, {free} of {total} free"
-        )
+    """The findings as lines for people, one for each device and kernel."""
+    lines = _versions_and_cores(findings)
+    lines += [_device_line([device]) for device in findings["devices"]]
     for kernel in findings["kernels"]:
         lines.append(f"kernel {kernel['op']}/{kernel['implementation']}: {kernel['status']}")
+    return "\n".join(lines + _folders_and_problems(findings))
+
+
+def describe_briefly(findings: dict[str, Any]) -> str:
+    """The findings on one screen: devices and kernels of which the same is true share a line."""
+    lines = _versions_and_cores(findings)
+    for devices in _grouped(
+        (tuple(device[key] for key in ("platform", "kind", "memory_total")), device)
+        for device in findings["devices"]
+    ).values():
+        lines.append(_device_line(devices))
+    kernels = _grouped(
+        ((kernel["implementation"], kernel["status"]), kernel["op"])
+        for kernel in findings["kernels"]
+        if kernel["status"] != _SPARE
+    )
+    for (name, status), ops in kernels.items():
+        if status == _CHOSEN:
+            lines.append(f"kernel {name} runs {', '.join(ops)}")
+    for (name, status), ops in kernels.items():
+        if status != _CHOSEN:
+            lines.append(f"kernel {name} ({len(ops)} ops): {status}")
+    lines += _folders_and_problems(findings)
+    lines.append("--verbose lists every device and kernel, --json is for programs")
+    return "\n".join(
+        textwrap.fill(
+            line,
+            WIDTH,
+            subsequent_indent="  ",
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+        for line in lines
+    )
+
+
+def _versions_and_cores(findings: dict[str, Any]) -> list[str]:
+    versions = ", ".join(f"{name} {version}" for name, version in findings["versions"].items())
+    return [versions, f"{findings['cpu_count']} CPU cores"]
+
+
+def _device_line(devices: list[dict[str, Any]]) -> str:
+    """One device, or several of a kind with what is free on the fullest of them."""
+    from ssd_jax.memory import format_bytes
+
+    one, ids = devices[0], ", ".join(str(device["id"]) for device in devices)
+    free = format_bytes(min(device["memory_free"] for device in devices))
+    several = len(devices) > 1
+    return (
+        f"device{'s' if several else ''} {ids}: {one['platform']}, {one['kind']}, {free} of "
+        f"{format_bytes(one['memory_total'])} free{' or more on each' if several else ''}"
+    )
+
+
+def _folders_and_problems(findings: dict[str, Any]) -> list[str]:
+    from ssd_jax.memory import format_bytes
+
     cache = findings["compilation_cache"]
     if cache["folder"] is None:
-        lines.append("compilation cache: off")
+        lines = ["compilation cache: off"]
     else:
         size, state = format_bytes(cache["bytes"]), "" if cache["writable"] else ", not writable"
-        lines.append(f"compilation cache: {cache['folder']} ({size}{state})")
+        lines = [f"compilation cache: {cache['folder']} ({size}{state})"]
     for role, folder in findings["demo"].items():
         lines.append(f"demo {role}: {folder or 'missing'}")
     lines += [f"{name}={value}" for name, value in findings["variables"].items()]
-    lines += [f"problem: {problem}" for problem in findings["problems"]] or ["no problems found"]
-    return "\n".join(lines)
+    return lines + (
+        [f"problem: {problem}" for problem in findings["problems"]] or ["no problems found"]
+    )
+
+
+def _grouped[K: Hashable, V](pairs: Iterable[tuple[K, V]]) -> dict[K, list[V]]:
+    """The values of each key, in the order in which they came."""
+    groups: dict[K, list[V]] = {}
+    for key, value in pairs:
+        groups.setdefault(key, []).append(value)
+    return groups
 
 
 def _version(package: str) -> tuple[str, str | None]:

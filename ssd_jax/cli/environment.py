@@ -1,4 +1,4 @@
-"""What the command line sets in JAX before the first program is compiled: the compilation cache."""
+"""Folders in the user's cache, and what is set in JAX before the first program is compiled."""
 
 import os
 import sys
@@ -21,11 +21,16 @@ def cache_folder(
         return None if choice == OFF else Path(choice).expanduser()
     if folder := environment.get("JAX_COMPILATION_CACHE_DIR"):
         return Path(folder)
+    return user_cache(environment, platform) / "xla"
+
+
+def user_cache(environment: Mapping[str, str], platform: str = sys.platform) -> Path:
+    """This program's folder in the user's cache folder, where the platform has that."""
     if folder := environment.get("XDG_CACHE_HOME"):
-        return Path(folder) / "ssd-jax" / "xla"
+        return Path(folder) / "ssd-jax"
     home = Path(environment.get("HOME") or os.path.expanduser("~"))
     caches = home / "Library" / "Caches" if platform == "darwin" else home / ".cache"
-    return caches / "ssd-jax" / "xla"
+    return caches / "ssd-jax"
 
 
 def unwritable_reason(folder: Path) -> str | None:

@@ -81,8 +81,9 @@ def add_model_flags(group: argparse._ArgumentGroup) -> None:
     """Declare which target, and in which precision."""
     group.add_argument(
         "--model",
-        metavar="DIR",
-        help="checkpoint folder, converted or in the Hugging Face layout (default: the demo model)",
+        metavar="MODEL",
+        help="checkpoint folder, converted or in the Hugging Face layout, or else OWNER/NAME or "
+        "OWNER/NAME@REVISION on the Hugging Face hub (default: the demo model)",
     )
     group.add_argument(
         "--dtype",
@@ -95,9 +96,9 @@ def add_draft_flags(group: argparse._ArgumentGroup) -> None:
     """Declare which draft model, where it runs, and how what it drafts is verified."""
     group.add_argument(
         "--draft-model",
-        metavar="DIR",
-        help="the draft's checkpoint folder (default where a method needs one: the demo draft, "
-        "which goes with the demo model)",
+        metavar="MODEL",
+        help="the draft, a folder or a name as for --model (default where a method needs one: the "
+        "demo draft, which goes with the demo model)",
     )
     group.add_argument(
         "--draft-device",
@@ -133,6 +134,12 @@ def _add_speculation_flags(group: argparse._ArgumentGroup) -> None:
         metavar="N",
         help="most tokens drafted in a round, 1 to 64, of combined by the model (default: 4, for "
         "ngram 11); auto measures what rounds cost and drafts as much as pays, or nothing",
+    )
+    _add_switch(
+        group,
+        "--measure-again",
+        "-k auto: measure although times of an earlier run are kept, and keep the new ones",
+        default=False,
     )
     group.add_argument(
         "--ngram-kind",

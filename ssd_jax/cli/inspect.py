@@ -4,15 +4,17 @@ import argparse
 from pathlib import Path
 
 from ssd_jax.checkpointing.inspect import describe
+from ssd_jax.hub import model_folder
 
 
 def add_inspect_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments that `run_inspect` reads."""
     parser.add_argument(
         "folder",
-        metavar="DIR",
+        metavar="MODEL",
         type=Path,
-        help="checkpoint folder, converted or in the Hugging Face layout",
+        help="checkpoint folder, converted or in the Hugging Face layout, or OWNER/NAME[@REVISION] "
+        "on the Hugging Face hub",
     )
 
 
@@ -22,4 +24,4 @@ def run_inspect(args: argparse.Namespace) -> None:
     Raises:
         SsdJaxError: the folder holds no readable checkpoint.
     """
-    print(describe(args.folder))
+    print(describe(model_folder(args.folder)))

@@ -1,11 +1,12 @@
 """What `generate` and `chat` begin with: JAX set up and a model in memory."""
 
 import argparse
-import sys
 
+from ssd_jax.cli.busy import busy
 from ssd_jax.cli.environment import use_compilation_cache
 from ssd_jax.cpu_clients import can_split_cpu, split_cpu
 from ssd_jax.errors import RequestError
+from ssd_jax.hub import model_folder
 from ssd_jax.model import Model, load_model
 from ssd_jax.text import Tokenizer
 
@@ -18,9 +19,9 @@ def open_model(args: argparse.Namespace) -> tuple[Model, Tokenizer]:
     use_compilation_cache(args.compilation_cache)
     if args.method == "ssd" and args.draft_device == "auto" and can_split_cpu():
         split_cpu()
-    if sys.stderr.isatty() and not args.quiet:
-        print(f"Loading {args.model or 'the demo model'} ...", file=sys.stderr)
-    model = load_model(args.model, args.dtype)
+    folder = None if args.model is None else model_folder(args.model, quiet=args.quiet)
+    with busy(f"loading {args.model or 'the demo model'}", quiet=args.quiet):
+        model = load_model(folder, args.dtype)
     if model.tokenizer is None:
         raise RequestError("The command line needs a model with a tokenizer, got one without.")
     return model, model.tokenizer

@@ -2,21 +2,26 @@
 
 import argparse
 import dataclasses
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
+from ssd_jax.cli.busy import busy
+from ssd_jax.cli.environment import user_cache
 from ssd_jax.cli.flags import AUTO
 from ssd_jax.cpu_clients import draft_cpu
 from ssd_jax.drafting.ngram import NgramConfig
 from ssd_jax.engine.round_times import measure_pass_times, measure_round_times
-from ssd_jax.engine.speculation import DEFAULT_DRAFT_LEN, Speculation, check_pair
+from ssd_jax.engine.speculation import DEFAULT_DRAFT_LEN, RoundTimes, Speculation, check_pair
 from ssd_jax.engine.ssd_options import SSD
-from ssd_jax.errors import RequestError
+from ssd_jax.errors import ConfigError, RequestError
 from ssd_jax.fan_out import FanOut
+from ssd_jax.hub import model_folder
 from ssd_jax.model import Model, demo_folder, load_model
 from ssd_jax.placement import place_model, spare_device
 from ssd_jax.sampling_params import SamplingParams
+from ssd_jax.tuning.kept_times import circumstances, keep_times, read_times, times_file
 from ssd_jax.tuning.tuned_file import Tuned, read_tuned
 
 MOST_AUTO = 8  # most tokens that a draft model proposes with --draft-len auto
@@ -36,7 +41,8 @@ def open_speculation(
 ) -> Speculation | SSD | None:
     """The speculation that the arguments ask for, its draft model loaded; None for none.
 
-    With `--draft-len auto` it comes with measured times, taken for these sampling options.
+    With `--draft-len auto` it comes with measured times, taken for these sampling options now or by
+    an earlier run.
 
     Raises:
         RequestError: a flag that the method has no use for, or no draft for an own model.
@@ -66,11 +72,47 @@ def open_speculation(
         synthetic_acceptance=args.synthetic_acceptance,
     )
     if args.exact and not args.quiet:
-        print(_exactness_cost(model, speculation, params), file=sys.stderr)
+        with busy("measuring what --exact costs", quiet=args.quiet):
+            cost = _exactness_cost(model, speculation, params)
+        print(cost, file=sys.stderr)
     if not auto:
         return speculation
-    times = measure_round_times(model, speculation, params)
+    times = _round_times(args, model, speculation, params)
     return dataclasses.replace(speculation, round_times=times)
+
+
+def _round_times(
+    args: argparse.Namespace, model: Model, speculation: Speculation, params: SamplingParams
+) -> RoundTimes:
+    """What rounds cost, as it was kept or else measured and kept; a line on stderr says which."""
+    folder = user_cache(os.environ) / "round-times"
+    about = circumstances(model, speculation, params)
+
+    def say(text: str) -> None:
+        if not args.quiet:
+            print(text, file=sys.stderr)
+
+    if not args.measure_again:
+        try:
+            kept = read_times(folder, about)
+        except ConfigError:
+            kept = None
+            say(f"{times_file(folder, about)} is damaged and is written anew.")
+        if kept is not None:
+            say(
+                f"Round times as measured on {kept.date}, kept in {times_file(folder, about)}; "
+                "--measure-again takes them anew."
+            )
+            return kept.times
+    with busy("measuring what rounds cost here, for -k auto", quiet=args.quiet):
+        times = measure_round_times(model, speculation, params)
+    try:
+        path = keep_times(folder, about, times)
+    except ConfigError as error:
+        print(f"ssd-jax: warning: round times are not kept: {error}", file=sys.stderr)
+    else:
+        say(f"Round times measured, and kept for the next run in {path}.")
+    return times
 
 
 def _open_ssd(args: argparse.Namespace, model: Model) -> SSD:
@@ -162,6 +204,8 @@ def _refuse_unused(args: argparse.Namespace, method: str) -> None:
     for name in _SSD_FLAGS:
         given = getattr(args, name) is not None
         refuse(given and method != "ssd", "--" + name.replace("_", "-"), "guesses no outcomes")
+    if args.measure_again and args.draft_len != AUTO:
+        raise RequestError("--measure-again is for -k auto: add that, or leave it out.")
     refuse(method == "ssd" and args.exact, "--exact", "has passes of one width anyway")
     refuse(method == "ssd" and args.draft_len == AUTO, "--draft-len auto", "takes a number")
 
@@ -175,7 +219,10 @@ def load_draft(args: argparse.Namespace, model: Model, method: str) -> Model:
     """
     if args.model and not args.draft_model:
         raise RequestError(f"--method {method} needs --draft-model for a model of your own.")
-    draft = load_model(args.draft_model or demo_folder("draft"), args.dtype)
+    name = args.draft_model
+    folder = demo_folder("draft") if name is None else model_folder(name, quiet=args.quiet)
+    with busy(f"loading {name or 'the demo draft'}", quiet=args.quiet):
+        draft = load_model(folder, args.dtype)
     check_pair(model, draft)
     return draft
 

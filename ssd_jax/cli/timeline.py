@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from ssd_jax.cli.busy import busy
 from ssd_jax.engine.ssd_options import SSD
 from ssd_jax.model import Model
 from ssd_jax.sampling_params import SamplingParams
@@ -30,10 +31,11 @@ def write_timeline(
     as_picture = path.suffix == ".png"
     if as_picture:
         check_drawable()
-    rounds, lockstep = (
-        record_rounds(model, ssd, [prompt_ids], params, lockstep=lockstep)
-        for lockstep in (False, True)
-    )
+    with busy("decoding twice more for the timeline", quiet=args.quiet):
+        rounds, lockstep = (
+            record_rounds(model, ssd, [prompt_ids], params, lockstep=lockstep)
+            for lockstep in (False, True)
+        )
     content = timeline_png(rounds, ssd, lockstep) if as_picture else trace_json(rounds).encode()
     write_whole(path, content)
     summary = summarize(rounds, lockstep)

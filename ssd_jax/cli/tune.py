@@ -3,7 +3,6 @@
 import argparse
 import datetime
 import os
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -85,16 +84,13 @@ def run_tune(args: argparse.Namespace) -> None:
         raise RequestError(f"--batch-size should be 1 or more, got {args.batch_size}.")
     prompts = PROMPTS if args.prompts is None else read_prompts(Path(args.prompts))
 
+    from ssd_jax.cli.busy import busy_in_turn
     from ssd_jax.cli.session import open_model
     from ssd_jax.cli.speculation import load_draft, place_draft
     from ssd_jax.engine.ssd_options import SSD
     from ssd_jax.sampling_params import SamplingParams
     from ssd_jax.tuning.tune import tune
     from ssd_jax.tuning.tuned_file import write_tuned
-
-    def tell(text: str) -> None:
-        if not args.quiet:
-            print(f"{text} ...", file=sys.stderr)
 
     model, tokenizer = open_model(args)
     draft = place_draft(args, model, load_draft(args, model, "ssd"))
@@ -113,7 +109,8 @@ def run_tune(args: argparse.Namespace) -> None:
             f"No prompt leaves room for {params.max_tokens} tokens in a context of {context}: give "
             "shorter prompts or a smaller --max-tokens."
         )
-    tuning = tune(model, ssd, encoded, params, batch_size=args.batch_size, tell=tell)
+    with busy_in_turn(quiet=args.quiet) as tell:
+        tuning = tune(model, ssd, encoded, params, batch_size=args.batch_size, tell=tell)
     write_tuned(out, _report(args, model, ssd, tuning, len(encoded)))
     print(describe(tuning))
     print(f"written to {out}; use it with `ssd-jax generate --method ssd --tuned {out}`")

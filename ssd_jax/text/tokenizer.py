@@ -2,7 +2,8 @@
 
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -85,7 +86,8 @@ class Tokenizer:
         A text that already begins with BOS gets no second one.
 
         Raises:
-            RequestError: the text holds a lone surrogate, so it is not Unicode text.
+            RequestError: the text holds a lone surrogate, so it is not Unicode text; or the
+                tokenizer has no way to write it.
         """
         try:
             text.encode("utf-8")
@@ -94,7 +96,14 @@ class Tokenizer:
                 f"Expected valid Unicode text, got a broken character at position {error.start}; "
                 "pass the text as UTF-8."
             ) from error
-        ids = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        try:
+            with _panics_are_exceptions():
+                ids = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        except Exception as error:
+            raise RequestError(
+                "Expected a text that the checkpoint's tokenizer can encode, but it failed "
+                f"({shortened(str(error), 200)}); fetch tokenizer.json again."
+            ) from error
         if not add_special_tokens or self.bos_id is None:
             return ids
         if self.processor_adds_bos:
@@ -174,16 +183,29 @@ def _load_backend(path: Path) -> tokenizers.Tokenizer:
             "give a checkpoint folder that holds tokenizer.json."
         )
     try:
-        backend = tokenizers.Tokenizer.from_file(str(path))
+        with _panics_are_exceptions():
+            backend = tokenizers.Tokenizer.from_file(str(path))
+            backend.no_truncation()
+            backend.no_padding()
+            backend.encode("")  # which puts in the special tokens, and they may not exist
+            return backend
     except Exception as error:  # the library raises bare Exception for every kind of damage
         raise CheckpointError(
             f"Expected a tokenizer in {shown_path(path)}, but it cannot be read "
             f"({shortened(str(error), 200)}); "
             "fetch that file again."
         ) from error
-    backend.no_truncation()
-    backend.no_padding()
-    return backend
+
+
+@contextmanager
+def _panics_are_exceptions() -> Iterator[None]:
+    """Raise what the library's Rust code panics with as an Exception, which it is not by itself."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise RuntimeError(str(error)) from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -41,11 +41,11 @@ def tune(
     is decoded with before one of them is chosen, because what follows a miss depends on how many
     guesses there were. Under rejection sampling several miss weights are tried with the winner.
     """
-    tell("Timing the parts of a round")
+    tell("timing the parts of a round")
     times = measure_times(model, ssd, params, batch_size=batch_size)
     behaviours: dict[Fallback, Behaviour] = {}
     for fallback in get_args(Fallback):
-        tell(f"Decoding {len(prompts)} prompts with the {fallback} fallback")
+        tell(f"decoding {len(prompts)} prompts with the {fallback} fallback")
         behaviours[fallback] = measure_behaviour(model, ssd, prompts, params, fallback)
     predictions = predict_all(times, behaviours, batch_size)
 
@@ -53,7 +53,7 @@ def tune(
         seen = []
         for setting in settings:
             tell(
-                f"Decoding with draft_len {setting.draft_len}, {setting.fan_out.num_branches} "
+                f"decoding with draft_len {setting.draft_len}, {setting.fan_out.num_branches} "
                 f"outcomes, the {setting.fallback} fallback, miss_weight {setting.miss_weight:g}"
             )
             seen.append(

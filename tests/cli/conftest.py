@@ -10,6 +10,7 @@ import pytest
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from ssd_jax.cli import busy
 from ssd_jax.cli.main import main
 
 VOCAB_SIZE = 128
@@ -83,11 +84,14 @@ def chat_checkpoint(tiny_checkpoint, tmp_path_factory):
 
 
 @pytest.fixture
-def run(monkeypatch, capsys, jax_settings):
+def run(monkeypatch, capsys, jax_settings, tmp_path_factory):
     """Runs a command line in this process: `run(*argv, stdin=..., VARIABLE=...)`.
 
-    Programs go to the cache that the test run has, if any.
+    Programs go to the cache that the test run has, if any, other things to an empty one. That
+    something takes long is not said, however slow the machine.
     """
+    monkeypatch.setattr(busy, "LINE_DELAY_S", 10**6)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("user_cache")))
     cache = jax.config.jax_compilation_cache_dir or "off"
 
     def run(*argv, stdin=b"", **variables):

@@ -63,11 +63,11 @@ def test_help_and_usage_errors_do_not_import_jax(start):
 def start_long(start, tiny_checkpoint):
     """Starts a text that takes many seconds."""
     argv = ("generate", "the", "--model", tiny_checkpoint, "--ignore-eos", "--max-tokens", "16000")
-    return lambda: start(*argv)
+    return lambda *more: start(*argv, *more)
 
 
 def test_a_reader_that_goes_away_ends_it_quietly(start_long, cache):
-    process = start_long()
+    process = start_long("--quiet")
     assert len(process.stdout.read(5)) == 5
     process.stdout.close()
     assert process.wait(timeout=60) == 141
@@ -86,4 +86,4 @@ def test_an_interrupt_keeps_the_text_and_shows_no_traceback(start_long, generate
     assert first == text[:5]
     assert rest.endswith(b"\n")
     assert err.endswith(b"interrupted\n")
-    assert err.count(b"\n") == 1
+    assert b"Traceback" not in err

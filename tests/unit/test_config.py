@@ -194,7 +194,7 @@ REFUSED = [
         )
         for length in (0, -5, 10**12)
     ),
-    ({"max_position_embeddings": 10**12}, ["max_context", "1000000000000"]),
+    ({"max_position_embeddings": 10**12}, ["max_position_embeddings", "1000000000000"]),
     ({"hidden_size": 10**80}, ["hidden_size"]),
     ({"num_hidden_layers": 2**31 - 1, "hidden_size": 2**20}, ["weights"]),
     ({"rms_norm_eps": 0.0}, ["rms_norm_eps", "0.0"]),
@@ -215,8 +215,8 @@ REFUSED = [
     ({"tie_word_embeddings": 1}, ["'tie_word_embeddings'", "bool", "1"]),
     ({"rope_scaling": "llama3"}, ["'rope_scaling'", "dict", "'llama3'"]),
     ({"layer_types": "full_attention"}, ["'layer_types'", "list"]),
-    ({"num_hidden_layers": 0}, ["num_layers", "0"]),
-    ({"num_attention_heads": 0}, ["num_heads", "0"]),
+    ({"num_hidden_layers": 0}, ["num_hidden_layers", "0"]),
+    ({"num_attention_heads": 0}, ["num_attention_heads", "0"]),
     ({"num_key_value_heads": 4}, ["num_kv_heads", "6", "4"]),
     ({"head_dim": 5}, ["head_dim", "5"]),
 ]
