@@ -5,6 +5,7 @@ import tempfile
 from pathlib import Path
 
 from ssd_jax.errors import ConfigError
+from ssd_jax.json_files import shown_path
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -24,11 +25,12 @@ def write_whole(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
         temporary.chmod(0o666 & ~_umask())
         temporary.replace(path)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+        reason = error.strerror if isinstance(error, OSError) else error
         raise ConfigError(
-            f"{path} cannot be written ({error.strerror}): name a file that can be."
+            f"{shown_path(path)} cannot be written ({reason}): name a file that can be."
         ) from error
 
 

@@ -7,9 +7,12 @@ import time
 from collections.abc import Callable, Sequence
 
 from ssd_jax.cli.compile_clock import CompileClock, showing_compilation
+from ssd_jax.cli.long_answer import stream_answer
+from ssd_jax.cli.notes import note, terminal_width
+from ssd_jax.cli.word_wrap import WordWrap
 from ssd_jax.engine.speculation import Speculation
 from ssd_jax.engine.ssd_options import SSD
-from ssd_jax.generation import Completion, stream
+from ssd_jax.generation import Completion
 from ssd_jax.json_text import to_json
 from ssd_jax.model import Model
 from ssd_jax.sampling_params import SamplingParams
@@ -62,18 +65,29 @@ def print_answer(
     prompt_ids: Sequence[int],
     params: SamplingParams,
     args: argparse.Namespace,
+    *,
+    wrap: bool = False,
 ) -> Answer:
-    """The answer to one prompt, after it is printed as the arguments ask; statistics to stderr."""
+    """The answer to one prompt, after it is printed as the arguments ask; statistics to stderr.
+
+    With `wrap` lines are broken at words, if stdout is a terminal.
+    """
     streaming = args.stream and not args.json
-    write = _print_piece if streaming else _drop
-    with showing_compilation(write, quiet=args.quiet) as write:
-        answer = _decode(model, speculation, prompt_ids, params, write)
+    wrapped = WordWrap(terminal_width) if wrap and sys.stdout.isatty() else None
+
+    def write(text: str) -> None:
+        print(text if wrapped is None else wrapped.push(text), end="", flush=True)
+
+    show = write if streaming else _drop
+    with showing_compilation(show, quiet=args.quiet) as show:
+        answer = _decode(model, speculation, prompt_ids, params, show)
     if args.json:
         print(to_json(_as_json(answer, params)), flush=True)
     else:
-        print("" if streaming else answer.text, flush=True)
+        write("" if streaming else answer.text)
+        print("" if wrapped is None else wrapped.flush(), flush=True)
     if not args.quiet:
-        print(_statistics(answer), file=sys.stderr)
+        note(_statistics(answer))
     return answer
 
 
@@ -91,7 +105,7 @@ def _decode(
     with CompileClock() as clock:
         start = time.perf_counter()
         try:
-            for delta in stream(model, [prompt_ids], params, speculation=speculation):
+            for delta in stream_answer(model, prompt_ids, params, speculation):
                 if first is None:
                     first = time.perf_counter() - clock.seconds
                 texts.append(delta.text)
@@ -115,10 +129,6 @@ def _decode(
             tokens_per_s=more / decode_s if more > 0 and decode_s > 0 else None,
         ),
     )
-
-
-def _print_piece(text: str) -> None:
-    print(text, end="", flush=True)
 
 
 def _drop(text: str) -> None:

@@ -2,8 +2,10 @@
 
 import argparse
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+import json
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn
 
 from ssd_jax.cli.parser import number, whole_number
 from ssd_jax.errors import RequestError
@@ -11,6 +13,9 @@ from ssd_jax.sampling_params import SamplingParams
 
 DEFAULT_MAX_TOKENS = 256
 AUTO = "auto"
+# Short and second names mean what they mean in llama.cpp (-m, -n, -s, -p, -sys, -md, --temp) or
+# vLLM and MLX (--system-prompt); its -t are threads and its -c a context size, so neither is here.
+_SECOND_NAMES = {"--temperature": ("--temp",)}
 _SAMPLING_FLAGS: tuple[tuple[str, Callable[[str], float], str, str], ...] = (
     ("--temperature", number, "T", "0 is greedy (default: 0)"),
     ("--top-k", whole_number, "K", "keep the K most likely tokens, 0 for all (default: 0)"),
@@ -52,16 +57,23 @@ def check_output_flags(args: argparse.Namespace) -> None:
         raise RequestError("--logprobs are printed with --json only: add --json, or leave it out.")
 
 
-def sampling_params(args: argparse.Namespace, room: int) -> SamplingParams:
+def sampling_params(
+    args: argparse.Namespace,
+    room: int,
+    *,
+    recommended: Mapping[str, Any] | None = None,
+    default_max_tokens: int | None = DEFAULT_MAX_TOKENS,
+) -> SamplingParams:
     """The sampling options that the arguments ask for; `room` tokens are left in the context.
 
-    Without `--max-tokens` the output is bounded by `DEFAULT_MAX_TOKENS` and by the room.
+    `recommended` holds options for which no flag is given, by the names of `SamplingParams`.
+    Without `--max-tokens` `default_max_tokens` (None: nothing) and the room bound the output.
     """
     max_tokens = args.max_tokens
-    if max_tokens is None and room > 0:
-        max_tokens = min(DEFAULT_MAX_TOKENS, room)
+    if max_tokens is None and default_max_tokens is not None and room > 0:
+        max_tokens = min(default_max_tokens, room)
     return SamplingParams(
-        **sampling_options(args),
+        **{**(recommended or {}), **sampling_options(args)},
         max_tokens=max_tokens,
         stop=tuple(args.stop),
         stop_token_ids=tuple(args.stop_token_id),
@@ -71,15 +83,88 @@ def sampling_params(args: argparse.Namespace, room: int) -> SamplingParams:
 
 
 def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
-    """What the flags of `add_sampling_flags` say, by the names of `SamplingParams`."""
+    """What the flags of `add_sampling_flags` say, by the names of `SamplingParams`.
+
+    Options whose flag is not given are left out.
+    """
     names = [flag.removeprefix("--").replace("-", "_") for flag, *_ in _SAMPLING_FLAGS]
-    options: dict[str, Any] = {name: getattr(args, name) for name in names}
-    return options | {"logit_bias": dict(args.logit_bias), "seed": args.seed}
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    return given | {"logit_bias": dict(args.logit_bias), "seed": args.seed}
+
+
+def add_template_flags(group: argparse._ArgumentGroup) -> None:
+    """Declare what a chat template is given, and whether its model's sampling is taken over."""
+    group.add_argument(
+        "-sys",
+        "--system",
+        "--system-prompt",
+        metavar="TEXT",
+        help="system message (default: none)",
+    )
+    group.add_argument(
+        "--enable-thinking",
+        action=argparse.BooleanOptionalAction,
+        help="set the chat template's enable_thinking, as Qwen3's has it (default: the template's)",
+    )
+    group.add_argument(
+        "--template-arg",
+        action="append",
+        type=_template_arg,
+        default=(),
+        metavar="K=V",
+        help="set the chat template's variable K to V, read as JSON if it is that, else as text "
+        "(repeatable)",
+    )
+    group.add_argument(
+        "--generation-config",
+        action=argparse.BooleanOptionalAction,
+        help="sample as the model's generation_config.json says where no flag is given (default: "
+        "yes where a chat template is used)",
+    )
+
+
+def template_variables(args: argparse.Namespace, template: str) -> dict[str, Any]:
+    """The variables that the arguments set in a chat template.
+
+    Raises:
+        RequestError: one that the template does not know, or that is set twice.
+    """
+    variables: dict[str, Any] = {}
+    given = list(args.template_arg)
+    if args.enable_thinking is not None:
+        given.append(("enable_thinking", args.enable_thinking))
+    for name, value in given:
+        if name in variables:
+            raise RequestError(f"The template's variable {name} is set twice: leave one out.")
+        if re.search(rf"\b{name}\b", template) is None:
+            raise RequestError(
+                f"The chat template of this model has no variable {name}: leave it out, or see "
+                "which ones it has in the model's chat_template.jinja or tokenizer_config.json."
+            )
+        variables[name] = value
+    return variables
+
+
+def refuse_template_flags(args: argparse.Namespace) -> None:
+    """Refuse flags that only a chat template has a use for.
+
+    Raises:
+        RequestError: naming the first of them.
+    """
+    given = {
+        "--system": args.system is not None,
+        "--enable-thinking": args.enable_thinking is not None,
+        "--template-arg": bool(args.template_arg),
+    }
+    for flag, is_given in given.items():
+        if is_given:
+            raise RequestError(f"{flag} is for a chat template: add --chat, or leave it out.")
 
 
 def add_model_flags(group: argparse._ArgumentGroup) -> None:
     """Declare which target, and in which precision."""
     group.add_argument(
+        "-m",
         "--model",
         metavar="MODEL",
         help="checkpoint folder, converted or in the Hugging Face layout, or else OWNER/NAME or "
@@ -95,6 +180,7 @@ def add_model_flags(group: argparse._ArgumentGroup) -> None:
 def add_draft_flags(group: argparse._ArgumentGroup) -> None:
     """Declare which draft model, where it runs, and how what it drafts is verified."""
     group.add_argument(
+        "-md",
         "--draft-model",
         metavar="MODEL",
         help="the draft, a folder or a name as for --model (default where a method needs one: the "
@@ -214,10 +300,8 @@ def add_sampling_flags(group: argparse._ArgumentGroup) -> None:
     """Declare how tokens are chosen."""
     for flag, convert, metavar, text in _SAMPLING_FLAGS:
         name = flag.removeprefix("--").replace("-", "_")
-        default = getattr(SamplingParams(), name)
-        group.add_argument(
-            flag, type=_option(name, convert), default=default, metavar=metavar, help=text
-        )
+        names = (flag, *_SECOND_NAMES.get(flag, ()))
+        group.add_argument(*names, type=_option(name, convert), metavar=metavar, help=text)
     group.add_argument(
         "--logit-bias",
         action="append",
@@ -227,6 +311,7 @@ def add_sampling_flags(group: argparse._ArgumentGroup) -> None:
         help="add VALUE to the logit of token ID, -inf forbids it (repeatable)",
     )
     group.add_argument(
+        "-s",
         "--seed",
         type=_option("seed", whole_number),
         default=0,
@@ -237,11 +322,12 @@ def add_sampling_flags(group: argparse._ArgumentGroup) -> None:
 
 def _add_ending_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
+        "-n",
         "--max-tokens",
         type=_option("max_tokens", whole_number),
         metavar="N",
         help=f"most tokens to emit (default: {DEFAULT_MAX_TOKENS}, or what the context still holds "
-        "if that is less)",
+        "if that is less; for an answer in a chat, whatever the context holds)",
     )
     group.add_argument(
         "--stop",
@@ -328,6 +414,20 @@ def _logit_bias(text: str) -> tuple[int, float]:
     entry = whole_number(token), number(bias)
     _check({"logit_bias": dict([entry])})
     return entry
+
+
+def _template_arg(text: str) -> tuple[str, object]:
+    name, separator, value = text.partition("=")
+    if not separator or not name.isidentifier():
+        raise argparse.ArgumentTypeError(f"expected K=V, K a name, got {text!r}")
+    try:
+        return name, json.loads(value, parse_constant=_not_json)
+    except (ValueError, RecursionError):
+        return name, value
+
+
+def _not_json(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is not JSON")  # which Python's reader would take
 
 
 def _stop(text: str) -> str:

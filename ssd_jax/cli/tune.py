@@ -209,7 +209,7 @@ def _report(
             jax=jax.__version__,
             batch_size=args.batch_size,
             verification=args.verification,
-            temperature=args.temperature,
+            temperature=args.temperature or 0.0,
             num_prompts=num_prompts,
         ),
     )

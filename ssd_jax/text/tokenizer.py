@@ -35,7 +35,7 @@ class Tokenizer:
 
     `special_tokens` are the names and texts that a chat template sees. `processor_adds_bos` says
     that tokenizer.json itself puts BOS in front, `config_adds_bos` that tokenizer_config.json asks
-    for it.
+    for it. `generation_config` is what generation_config.json holds, for `recommended_sampling`.
     """
 
     backend: tokenizers.Tokenizer = field(repr=False)
@@ -45,6 +45,7 @@ class Tokenizer:
     chat_template: str | None
     processor_adds_bos: bool
     config_adds_bos: bool
+    generation_config: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     @property
     def vocab_size(self) -> int:
@@ -172,6 +173,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         chat_template=_chat_template(folder, files),
         processor_adds_bos=bos_id is not None and backend.encode("").ids[:1] == [bos_id],
         config_adds_bos=adds_bos,
+        generation_config=files[_GENERATION_CONFIG],
     )
 
 

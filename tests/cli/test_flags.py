@@ -4,8 +4,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ssd_jax.cli.flags import add_shared_flags, sampling_params
+from ssd_jax.cli.flags import (
+    add_shared_flags,
+    add_template_flags,
+    sampling_params,
+    template_variables,
+)
 from ssd_jax.cli.parser import Parser, UsageError, bind_variables, fill_in
+from ssd_jax.errors import RequestError
 from ssd_jax.sampling_params import SamplingParams
 
 TEXTS = st.text(min_size=1).filter(lambda text: text.strip() != "" and not text.startswith("-"))
@@ -25,6 +31,7 @@ VALUES = {
 
 def parse(argv=(), environment=None):
     parser = Parser(prog="test", allow_abbrev=False)
+    add_template_flags(parser.add_argument_group("template"))
     add_shared_flags(parser)
     flags = bind_variables(parser)
     return fill_in(parser.parse_args(argv), flags, environment or {})
@@ -162,8 +169,71 @@ def test_without_flags_the_request_is_greedy_bounded_and_repeatable():
 
 
 def test_flags_are_not_abbreviated():
-    with pytest.raises(UsageError, match="--temp"):
-        parse(["--temp", "1"])
+    with pytest.raises(UsageError, match="--temper"):
+        parse(["--temper", "1"])
+
+
+@pytest.mark.parametrize(
+    ("short", "long"),
+    [
+        (["-m", "folder"], ["--model", "folder"]),
+        (["-md", "folder"], ["--draft-model", "folder"]),
+        (["-n", "7"], ["--max-tokens", "7"]),
+        (["-n7"], ["--max-tokens=7"]),
+        (["-s", "7"], ["--seed", "7"]),
+        (["-sys", "text"], ["--system", "text"]),
+        (["--system-prompt", "text"], ["--system", "text"]),
+        (["--temp", "0.5"], ["--temperature", "0.5"]),
+    ],
+)
+def test_short_names(short, long):
+    assert parse(short) == parse(long)
+
+
+def test_a_flag_wins_over_a_recommendation_and_a_recommendation_over_the_default():
+    recommended = {"temperature": 0.6, "top_k": 20, "repetition_penalty": 1.1}
+    args = parse(["--top-k", "0"], {"SSD_JAX_REPETITION_PENALTY": "1"})
+    params = sampling_params(args, room=9, recommended=recommended)
+    assert (params.temperature, params.top_k, params.repetition_penalty) == (0.6, 0, 1)
+    assert params.top_p == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("k=1", 1),
+        ("k=true", True),
+        ('k={"a": [null]}', {"a": [None]}),
+        ("k=some text", "some text"),
+        ("k=", ""),
+        ("k=a=b", "a=b"),
+        ("k=NaN", "NaN"),
+        ("k=" + "9" * 5000, "9" * 5000),
+    ],
+)
+def test_template_arguments_are_json_or_text(text, value):
+    args = parse(["--template-arg", text])
+    assert template_variables(args, "{{ k }}") == {"k": value}
+
+
+@pytest.mark.parametrize(
+    ("argv", "fragment"),
+    [
+        (["--template-arg", "other=1"], "has no variable other"),
+        (["--no-enable-thinking"], "has no variable enable_thinking"),
+        (["--template-arg", "k=1", "--template-arg", "k=2"], "k is set twice"),
+    ],
+)
+def test_template_arguments_that_would_do_nothing_are_refused(argv, fragment):
+    with pytest.raises(RequestError, match=fragment):
+        template_variables(parse(argv), "{{ k }} {{ another }}")
+
+
+def test_thinking_is_a_template_argument():
+    assert template_variables(parse(["--no-enable-thinking"]), "{{ enable_thinking }}") == {
+        "enable_thinking": False
+    }
+    assert template_variables(parse(), "{{ enable_thinking }}") == {}
 
 
 def test_converters_refuse_in_words():

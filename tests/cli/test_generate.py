@@ -104,10 +104,91 @@ def test_output_is_bounded_by_the_context(run, chat_checkpoint):
     assert sum(json.loads(outcome.out)["usage"].values()) == 64
 
 
+def test_the_prompt_may_be_a_flag_or_a_variable(generate, expected):
+    assert generate("-p", "the cat").out == expected.text + "\n"
+    assert generate(SSD_JAX_PROMPT="the cat").out == expected.text + "\n"
+    assert generate("the cat", SSD_JAX_PROMPT="a dog").out == expected.text + "\n"
+    assert generate("-p", "-", stdin=b"the cat").out == expected.text + "\n"
+
+
+@pytest.fixture
+def make_chat_model(chat_checkpoint, tmp_path):
+    """Makes the chat checkpoint with a generation_config.json, and with another template if any."""
+
+    def make(generation_config, template=None):
+        for file in chat_checkpoint.iterdir():
+            (tmp_path / file.name).symlink_to(file)
+        (tmp_path / "generation_config.json").write_text(json.dumps(generation_config))
+        if template is not None:
+            (tmp_path / "chat_template.jinja").unlink()
+            (tmp_path / "chat_template.jinja").write_text(template)
+        return tmp_path
+
+    return make
+
+
+def test_a_chat_is_the_template_around_the_prompt(run, chat_checkpoint):
+    shared = ("--model", chat_checkpoint, "-n", 8, "--quiet", "--ignore-eos")
+    plain = "<system>dog</><user>the cat</><assistant>"
+    outcome = run("generate", "--chat", "the cat", "-sys", "dog", *shared)
+    assert outcome.out == run("generate", plain, *shared).out
+
+
+def test_an_answer_in_a_chat_is_as_long_as_the_context_allows(run, chat_checkpoint):
+    outcome = run("generate", "--chat", "x", "-m", chat_checkpoint, "--json", "--ignore-eos")
+    assert sum(json.loads(outcome.out)["usage"].values()) == 64
+
+
+def test_a_template_gets_its_variables(run, make_chat_model):
+    template = "{{ messages[0].content }}{% if thinking is defined %}{{ thinking * 2 }}{% endif %}"
+    model = make_chat_model({}, template)
+    shared = ("--model", model, "-n", 8, "--json", "--ignore-eos")
+
+    def text(*argv):
+        return json.loads(run("generate", *argv, *shared).out)["text"]
+
+    assert text("--chat", "the", "--template-arg", "thinking=5") == text("the10")
+    assert text("--chat", "the", "--template-arg", "thinking=cat") == text("thecatcat")
+    assert text("--chat", "the") == text("the")
+
+
+def test_the_models_own_sampling_is_used_in_a_chat_told_and_overridden(run, make_chat_model):
+    model = make_chat_model({"do_sample": True, "temperature": 1.5, "top_k": 50, "num_beams": 4})
+    shared = ("--model", model, "-n", 12, "--ignore-eos", "--seed", 3)
+    first = ("--chat", "the cat")
+    plain = "<user>the cat</><assistant>"
+
+    def same(left, right):
+        return run("generate", *left, *shared).out == run("generate", *right, *shared).out
+
+    told = run("generate", *first, *shared).err.splitlines()[0]
+    assert told == (
+        "sampling from generation_config.json: temperature 1.5, top_k 50; not used: num_beams "
+        "(--no-generation-config switches it off)"
+    )
+    assert same(first, (plain, "--temperature", "1.5", "--top-k", "50"))
+    assert same((*first, "--top-k", "2"), (plain, "--temperature", "1.5", "--top-k", "2"))
+    assert same((*first, "--no-generation-config"), (plain,))
+    assert same((plain, "--generation-config"), first)
+    assert not same(first, (plain,))
+    overridden = run("generate", *first, *shared, "--temp", "1.5", "--top-k", "50")
+    assert "temperature" not in overridden.err
+    assert run("generate", *first, *shared, "--quiet").err == ""
+
+
+def test_malformed_recommendations_are_refused_where_they_are_used(run, make_chat_model):
+    model = make_chat_model({"temperature": "hot"})
+    outcome = run("generate", "--chat", "the", "-m", model, "-n", 2)
+    assert (outcome.code, outcome.out) == (2, "")
+    assert "temperature in the model's generation_config.json" in outcome.err
+    for argv in (("--chat", "--no-generation-config"), ()):
+        assert run("generate", "the", *argv, "-m", model, "-n", 2).code == 0
+
+
 @pytest.fixture
 def interrupted(monkeypatch):
     """Ctrl-C arrives after the first piece of the text."""
-    whole = answer.stream
+    whole = answer.stream_answer
 
     def stream(*arguments, **options):
         for index, delta in enumerate(whole(*arguments, **options)):
@@ -115,7 +196,7 @@ def interrupted(monkeypatch):
                 raise KeyboardInterrupt
             yield delta
 
-    monkeypatch.setattr(answer, "stream", stream)
+    monkeypatch.setattr(answer, "stream_answer", stream)
 
 
 def test_interrupted_text_stays(generate, expected, interrupted):
@@ -140,6 +221,13 @@ def test_interrupted_json_says_so(generate, expected, interrupted):
     [
         ((), "PROMPT"),
         (("x", "y"), "y"),
+        (("x", "-p", "y"), "not allowed with argument PROMPT"),
+        (("x", "--chat"), "a model with a chat template"),
+        (("x", "--chat", "--echo"), "leave out --chat"),
+        (("x", "--system", "y"), "add --chat"),
+        (("x", "--enable-thinking"), "add --chat"),
+        (("x", "--template-arg", "k=v"), "add --chat"),
+        (("x", "--template-arg", "=v"), "expected K=V"),
         (("x", "--colour"), "--colour"),
         (("",), "The prompt is empty"),
         (("a" * 20000,), "16384"),
