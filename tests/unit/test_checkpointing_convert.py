@@ -17,7 +17,13 @@ import orbax.checkpoint
 import pytest
 import tokenizers
 
-from ssd_jax.checkpointing import convert, describe, load_checkpoint
+from ssd_jax.checkpointing import (
+    convert,
+    converter,
+    describe,
+    load_checkpoint,
+    partial_folder,
+)
 from ssd_jax.checkpointing.leaves import leaves_of
 from ssd_jax.checkpointing.manifest import read_manifest
 from ssd_jax.errors import CheckpointError
@@ -216,6 +222,19 @@ def test_full_disk_inside_orbax_is_a_sentence_too(tmp_path, monkeypatch):
 
 def test_failed_replacement_keeps_the_old_checkpoint(tmp_path, monkeypatch):
     convert(FIXTURES / "llama", tmp_path / "out")
+
+    def fail(*_):
+        raise OSError(errno.EIO, "broken disk")
+
+    monkeypatch.setattr(partial_folder, "exchange_names", fail)
+    with pytest.raises(CheckpointError, match="broken disk"):
+        convert(FIXTURES / "qwen2", tmp_path / "out", overwrite=True)
+    assert load_checkpoint(tmp_path / "out").config.family == "llama"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_failed_second_step_puts_the_old_checkpoint_back(tmp_path, monkeypatch):
+    convert(FIXTURES / "llama", tmp_path / "out")
     rename = Path.rename
 
     def fail_for_new(self, target):
@@ -224,10 +243,122 @@ def test_failed_replacement_keeps_the_old_checkpoint(tmp_path, monkeypatch):
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", fail_for_new)
+    monkeypatch.setattr(partial_folder, "exchange_names", lambda *_: False)
     with pytest.raises(CheckpointError, match="broken disk"):
         convert(FIXTURES / "qwen2", tmp_path / "out", overwrite=True)
     assert load_checkpoint(tmp_path / "out").config.family == "llama"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("name", ["[1]", "a*b?", "ck.partial-0123456789ab", "-x", "ü", "\udcff"])
+def test_any_name_works_and_is_no_pattern(tmp_path, name):
+    for other in ("1", "ck", "axb1"):  # what a pattern made of the name would match
+        (tmp_path / f".{other}.partial-0123456789ab").mkdir()
+    kept = sorted(path.name for path in tmp_path.iterdir())
+    convert(FIXTURES / "qwen2", tmp_path / name, overwrite=True)
+    (tmp_path / f".{name}.partial-ba9876543210").mkdir()
+    convert(FIXTURES / "llama", tmp_path / name, overwrite=True)
+    assert_same_checkpoint(load_checkpoint(tmp_path / name), load_checkpoint(FIXTURES / "llama"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*kept, name])
+
+
+def test_a_link_as_destination_stays_and_what_it_names_is_written(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "disk" / "real")
+    for source in ("llama", "qwen2"):
+        convert(FIXTURES / source, tmp_path / "out", overwrite=True)
+    assert (tmp_path / "out").is_symlink()
+    assert load_checkpoint(tmp_path / "disk" / "real").config.family == "qwen2"
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["real"]
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(CheckpointError, match="loop"):
+        convert(FIXTURES / "llama", tmp_path / "loop")
+
+
+def test_a_folder_that_appears_meanwhile_is_not_replaced(tmp_path):
+    def interfere(stage, done, total):
+        (tmp_path / "out").mkdir(exist_ok=True)
+        (tmp_path / "out" / "thesis.txt").write_text("precious")
+
+    with pytest.raises(CheckpointError, match=r"no manifest\.json"):
+        convert(FIXTURES / "llama", tmp_path / "out", overwrite=True, progress=interfere)
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "thesis.txt"]
+
+
+def broken_tokenizers():
+    words = {"a": 0, "b": 1, "</s>": 2}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="a"))
+    whole = json.loads(backend.to_str())
+    far = dict(whole, model=dict(whole["model"], vocab=words | {"far": 512}))
+    padded = dict(whole, model=dict(whole["model"], vocab=words | {"<pad>": 512}))
+    named = {"tokenizer_config.json": json.dumps({"pad_token": "<pad>"})}
+    template = {"chat_template.jinja": "{% for m in messages %}{{ m.content"}
+    unknown = {"chat_template.jinja": "{{ messages | nonsense }}"}
+    moody = {"chat_template.jinja": "{{ raise_exception('not that one') }}"}
+    return {
+        "unreadable": ({"tokenizer.json": "{"}, r"tokenizer\.json"),
+        "far token": ({"tokenizer.json": json.dumps(far)}, r"vocab_size .* got 512 for 'far'"),
+        "far unnamed": ({"tokenizer.json": json.dumps(padded)}, r"got 512 for '<pad>'"),
+        "far padding": ({"tokenizer.json": json.dumps(padded)} | named, None),
+        "template": ({"tokenizer.json": json.dumps(whole)} | template, "syntax error in line 1"),
+        "filter": ({"tokenizer.json": json.dumps(whole)} | unknown, "syntax error.*nonsense"),
+        "moody template": ({"tokenizer.json": json.dumps(whole)} | moody, None),
+    }
+
+
+BROKEN = broken_tokenizers()
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_broken_tokenizer_is_found_before_weights_are_written(tmp_path, monkeypatch, case):
+    files, message = BROKEN[case]
+    source = shutil.copytree(FIXTURES / "llama", tmp_path / "source")
+    vocab_size = json.loads((source / "config.json").read_text())["vocab_size"]
+    for name, text in files.items():
+        (source / name).write_text(text.replace("512", str(vocab_size)))
+    if message is None:
+        convert(source, tmp_path / "out")
+        return
+    monkeypatch.setattr(converter, "write_parts", lambda *_: pytest.fail("weights were written"))
+    with pytest.raises(CheckpointError, match=message.replace("512", str(vocab_size))):
+        convert(source, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+# A limit on the size of files makes writing fail as a full disk does, with another number.
+FULL_PROGRAM = """
+import os, resource, sys
+from pathlib import Path
+import orbax.checkpoint
+from ssd_jax.checkpointing import convert
+from ssd_jax.errors import CheckpointError
+
+source, folder = Path(sys.argv[1]), Path(sys.argv[2])
+for size in (0, 300, 5_000, 20_000):
+    child = os.fork()
+    if child == 0:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+        try:
+            convert(source, folder / "out")
+        except CheckpointError as error:
+            sys.stdout.write(f"{error}\\n")
+        sys.exit()
+    os.waitpid(child, 0)
+"""
+
+
+def test_a_disk_that_refuses_more_is_one_sentence_without_tracebacks(tmp_path):
+    command = [sys.executable, "-W", "ignore", "-c", FULL_PROGRAM, str(FIXTURES / "llama31")]
+    done = subprocess.run(
+        [*command, str(tmp_path)], check=True, capture_output=True, text=True, timeout=120
+    )
+    assert done.stderr == ""
+    lines = done.stdout.splitlines()
+    assert len(lines) == 4
+    for line in lines:
+        assert line.startswith("Expected to write")
+        assert len(line) < 500
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_unwritable_destination_is_a_sentence(tmp_path):
@@ -237,7 +368,7 @@ def test_unwritable_destination_is_a_sentence(tmp_path):
 
 
 def test_second_writer_of_the_same_destination_is_refused(tmp_path):
-    stale = tmp_path / ".out.partial-0123"
+    stale = tmp_path / ".out.partial-0123456789ab"
     stale.mkdir()
     descriptor = os.open(stale, os.O_RDONLY)
     fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -357,7 +488,7 @@ points = {
     "later_leaf": at("converting", 9),
     "verifying": at("verifying", 3),
     "manifest": patched(converter, "write_synced"),
-    "swap": patched(partial_folder, "_swap_in"),
+    "swap": patched(partial_folder, "_put_in_place"),
     "rename_in_orbax": patched(os, "rename"),
 }
 for name, arm in points.items():
