@@ -111,7 +111,7 @@ def _write(checkpoint: HfCheckpoint, folder: Path, dtype: np.dtype, report: Prog
         leaves=tuple(checksums),
         params_files=tuple(record_file(path, params) for path in list_files(params)),
         source_files=source_files,
-        tokenizer_files=tuple(names),
+        tokenizer_files=tuple(record_file(folder / name, folder) for name in names),
         tool=tool_version(),
         created=utc_now(),
     )

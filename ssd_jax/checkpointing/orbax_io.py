@@ -16,9 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ssd_jax.checkpointing.manifest import FileRecord, StoredLeaf, record_file
+from ssd_jax.checkpointing.manifest import FileRecord, StoredLeaf
 from ssd_jax.errors import CheckpointError, shortened
-from ssd_jax.json_files import shown_path
+from ssd_jax.json_files import is_file, shown_path
 
 PARAMS_FOLDER = "params"
 PART_BYTES = 64 * 2**20
@@ -81,18 +81,16 @@ def list_files(folder: Path) -> tuple[Path, ...]:
 
 
 def check_files(folder: Path, records: Iterable[FileRecord]) -> None:
-    """Return if every recorded file is there, bit for bit.
-
-    Orbax itself notices only some damage, and then not in words for a reader.
+    """Return if every recorded file is there and as long as it was; contents are not read.
 
     Raises:
-        CheckpointError: a file is absent or has other contents.
+        CheckpointError: a file is absent or of another size.
     """
     for record in records:
         path = folder / record.name
-        if not path.is_file():
+        if not is_file(path):
             raise _damaged(folder, f"{record.name} is absent")
-        if path.stat().st_size != record.size or record_file(path, folder) != record:
+        if path.stat().st_size != record.size:
             raise _damaged(folder, f"{record.name} is not the file that was written")
 
 
@@ -204,6 +202,7 @@ def _reason(error: Exception) -> str:
 
 def _damaged(path: Path, reason: str) -> CheckpointError:
     return CheckpointError(
-        f"Expected an Orbax checkpoint at {path}, but it is damaged ({reason}); "
+        f"Expected an Orbax checkpoint at {shown_path(path)}, but it is damaged "
+        f"({shortened(reason, 300)}); "
         "convert the checkpoint again."
     )
