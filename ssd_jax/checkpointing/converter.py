@@ -1,5 +1,6 @@
 """From a Hugging Face folder to one of our own: Orbax weights, manifest, tokenizer files."""
 
+import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import DTypeLike
 
+from ssd_jax.checkpointing.companions import check_tokenizer, companion_files
 from ssd_jax.checkpointing.hf_loader import (
     HfCheckpoint,
     find_problems,
@@ -31,22 +33,15 @@ from ssd_jax.checkpointing.orbax_io import (
     read_parts,
     write_parts,
 )
-from ssd_jax.checkpointing.partial_folder import copy_synced, partial_folder, write_synced
+from ssd_jax.checkpointing.partial_folder import (
+    copy_synced,
+    partial_folder,
+    recover,
+    write_synced,
+)
 from ssd_jax.checkpointing.safetensors_files import checkpoint_files
 from ssd_jax.errors import CheckpointError, shortened
 from ssd_jax.json_files import shown_path
-
-# What a tokenizer may need, and the settings that name its special ids; all of it small.
-COMPANION_FILES = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-)
 
 # Called with what is being done, the bytes done and the bytes to do.
 Progress = Callable[[str, int, int], None]
@@ -64,23 +59,29 @@ def convert(
 
     Nothing is there before it is complete and read back. `dtype` None keeps the stored precision
     (`HfCheckpoint.stored_dtype`); `overwrite` replaces a checkpoint that this function wrote, never
-    another folder.
+    another folder. What lies there is whole at every moment, or comes back with the next run
+    (`partial_folder`). A destination that is a symbolic link stays one: what it names is written.
 
     Memory: about three times the largest leaf and some hundred megabytes.
 
     Raises:
-        CheckpointError: a bad source, a destination that is taken or not writable, a full disk.
+        CheckpointError: a bad source, its tokenizer included, a destination that is taken or not
+            writable, a full disk.
         ConfigError: an unsupported model.
     """
-    checkpoint = open_hf_checkpoint(source)
-    target_dtype = checkpoint.stored_dtype if dtype is None else weight_dtype(dtype)
-    destination = destination.absolute()
+    destination = Path(os.path.realpath(destination))
     report = progress or _ignore_progress
     try:
+        recover(destination)
+        checkpoint = open_hf_checkpoint(source)
+        target_dtype = checkpoint.stored_dtype if dtype is None else weight_dtype(dtype)
         _refuse_taken(source, destination, overwrite)
+        check_tokenizer(source, checkpoint.config)
         _refuse_small_disk(destination, checkpoint.config.num_params * target_dtype.itemsize)
         with partial_folder(destination) as partial:
-            return _write(checkpoint, partial, target_dtype, report)
+            manifest = _write(checkpoint, partial, target_dtype, report)
+            _refuse_taken(source, destination, overwrite)  # hours may have passed
+            return manifest
     except OSError as error:
         raise CheckpointError(
             f"Expected to write a checkpoint to {shown_path(destination)}, but that failed "
@@ -99,7 +100,7 @@ def _write(checkpoint: HfCheckpoint, folder: Path, dtype: np.dtype, report: Prog
     params = folder / PARAMS_FOLDER
     checksums = dict(write_parts(params, leaves))
     _verify(checkpoint, params, checksums, dtype, report)
-    names = [name for name in COMPANION_FILES if (checkpoint.folder / name).is_file()]
+    names = companion_files(checkpoint.folder)
     for name in names:
         copy_synced(checkpoint.folder / name, folder / name)
     manifest = Manifest(
@@ -110,7 +111,7 @@ def _write(checkpoint: HfCheckpoint, folder: Path, dtype: np.dtype, report: Prog
         leaves=tuple(checksums),
         params_files=tuple(record_file(path, params) for path in list_files(params)),
         source_files=source_files,
-        tokenizer_files=tuple(names),
+        tokenizer_files=tuple(record_file(folder / name, folder) for name in names),
         tool=tool_version(),
         created=utc_now(),
     )
@@ -169,7 +170,7 @@ def _hash_files(files: Iterable[Path], report: Progress) -> Iterator[FileRecord]
 
 def _refuse_taken(source: Path, destination: Path, overwrite: bool) -> None:
     """Raise unless the destination is free, or a converted checkpoint that may be replaced."""
-    if source.resolve() in (destination.resolve(), *destination.resolve().parents):
+    if Path(os.path.realpath(source)) in (destination, *destination.parents):
         raise CheckpointError(
             f"Expected a destination outside the source folder {source}, got {destination}; "
             "choose another one."

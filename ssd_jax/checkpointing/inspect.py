@@ -5,6 +5,7 @@ from pathlib import Path
 from ssd_jax.checkpointing.hf_loader import find_problems, open_hf_checkpoint
 from ssd_jax.checkpointing.leaves import weight_dtype
 from ssd_jax.checkpointing.manifest import MANIFEST_FILE, Manifest, read_manifest
+from ssd_jax.checkpointing.orbax_io import PARAMS_FOLDER, check_files
 from ssd_jax.config import ModelConfig
 from ssd_jax.errors import CheckpointError
 from ssd_jax.json_files import is_file
@@ -22,7 +23,7 @@ def describe(folder: Path) -> str:
     """
     if is_file(folder / MANIFEST_FILE):
         manifest = read_manifest(folder)
-        rows = _converted_rows(manifest)
+        rows = _converted_rows(folder, manifest)
         config = manifest.config
     else:
         rows, config = _hf_rows(folder)
@@ -31,7 +32,7 @@ def describe(folder: Path) -> str:
     return "\n".join(f"{label:<{width}}  {value}" for label, value in rows)
 
 
-def _converted_rows(manifest: Manifest) -> list[tuple[str, str]]:
+def _converted_rows(folder: Path, manifest: Manifest) -> list[tuple[str, str]]:
     num_bytes = manifest.num_params * weight_dtype(manifest.dtype).itemsize
     origin = [
         ("source file", f"{file.name}, {_bytes(file.size)}, sha256 {file.sha256}")
@@ -42,7 +43,17 @@ def _converted_rows(manifest: Manifest) -> list[tuple[str, str]]:
         ("written by", f"{manifest.tool}, {manifest.created}"),
         ("weights", f"{manifest.dtype}, {_bytes(num_bytes)}"),
         *origin,
+        _state_of_files(folder, manifest),
     ]
+
+
+def _state_of_files(folder: Path, manifest: Manifest) -> tuple[str, str]:
+    """What their names and sizes tell; contents are for `verify_checkpoint`."""
+    try:
+        check_files(folder / PARAMS_FOLDER, manifest.params_files)
+    except CheckpointError as error:
+        return "problem", str(error)
+    return "files", f"{len(manifest.params_files)}, all there and of the size that was written"
 
 
 def _hf_rows(folder: Path) -> tuple[list[tuple[str, str]], ModelConfig]:

@@ -8,11 +8,10 @@ import numpy as np
 from jaxtyping import DTypeLike
 
 from ssd_jax.checkpointing.hf_loader import open_hf_checkpoint, read_hf_params
-from ssd_jax.checkpointing.leaves import leaf_shapes, params_from_leaves, weight_dtype
+from ssd_jax.checkpointing.leaves import params_from_leaves, weight_dtype
 from ssd_jax.checkpointing.manifest import MANIFEST_FILE, read_manifest
 from ssd_jax.checkpointing.orbax_io import PARAMS_FOLDER, check_files, read_parts
 from ssd_jax.config import ModelConfig
-from ssd_jax.errors import CheckpointError
 from ssd_jax.json_files import is_file
 from ssd_jax.types import ModelParams
 
@@ -66,11 +65,6 @@ def _load_converted(folder: Path, dtype: DTypeLike | None) -> LoadedCheckpoint:
     manifest = read_manifest(folder)
     stored_dtype = weight_dtype(manifest.dtype)
     target_dtype = stored_dtype if dtype is None else weight_dtype(dtype)
-    if {leaf.name: leaf.shape for leaf in manifest.leaves} != leaf_shapes(manifest.config):
-        raise CheckpointError(
-            f"Expected {folder / MANIFEST_FILE} to list the leaves of its own configuration, got "
-            "others; convert the checkpoint again."
-        )
     check_files(folder / PARAMS_FOLDER, manifest.params_files)
     leaves = read_parts(folder / PARAMS_FOLDER, manifest.leaves, stored_dtype)
     arrays = {name: jnp.asarray(leaf.astype(target_dtype, copy=False)) for name, leaf in leaves}

@@ -9,14 +9,16 @@ which loading a Hugging Face folder should not cost.
 import contextlib
 import logging
 import sys
+import tempfile
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 
-from ssd_jax.checkpointing.manifest import FileRecord, StoredLeaf, record_file
-from ssd_jax.errors import CheckpointError
+from ssd_jax.checkpointing.manifest import FileRecord, StoredLeaf
+from ssd_jax.errors import CheckpointError, shortened
+from ssd_jax.json_files import is_file, shown_path
 
 PARAMS_FOLDER = "params"
 PART_BYTES = 64 * 2**20
@@ -79,18 +81,16 @@ def list_files(folder: Path) -> tuple[Path, ...]:
 
 
 def check_files(folder: Path, records: Iterable[FileRecord]) -> None:
-    """Return if every recorded file is there, bit for bit.
-
-    Orbax itself notices only some damage, and then not in words for a reader.
+    """Return if every recorded file is there and as long as it was; contents are not read.
 
     Raises:
-        CheckpointError: a file is absent or has other contents.
+        CheckpointError: a file is absent or of another size.
     """
     for record in records:
         path = folder / record.name
-        if not path.is_file():
+        if not is_file(path):
             raise _damaged(folder, f"{record.name} is absent")
-        if path.stat().st_size != record.size or record_file(path, folder) != record:
+        if path.stat().st_size != record.size:
             raise _damaged(folder, f"{record.name} is not the file that was written")
 
 
@@ -101,11 +101,15 @@ def _write_part(
     import orbax.checkpoint as ocp
 
     try:
-        with _quiet(), ocp.PyTreeCheckpointer(use_zarr3=True) as checkpointer:
-            checkpointer.save((folder / part).absolute(), dict(leaves))
+        with (
+            _quiet(),
+            _plain_name(folder) as place,
+            ocp.PyTreeCheckpointer(use_zarr3=True) as checkpointer,
+        ):
+            checkpointer.save(place / part, dict(leaves))
     except Exception as error:  # tensorstore and Orbax raise many kinds, ENOSPC as ValueError
         raise CheckpointError(
-            f"Expected to write weights to {folder}, but that failed "
+            f"Expected to write weights to {shown_path(folder)}, but that failed "
             f"({_reason(error)}); check that the folder is writable and the disk not full."
         ) from error
     return [
@@ -119,11 +123,37 @@ def _read_part(path: Path) -> dict[str, np.ndarray]:
     import orbax.checkpoint as ocp
 
     try:
-        with _quiet(), ocp.PyTreeCheckpointer(use_zarr3=True) as checkpointer:
-            arrays = checkpointer.restore(path.absolute())
+        with (
+            _quiet(),
+            _plain_name(path.parent) as place,
+            ocp.PyTreeCheckpointer(use_zarr3=True) as checkpointer,
+        ):
+            arrays = checkpointer.restore(place / path.name)
     except Exception as error:  # a damaged file shows as one of a dozen kinds
         raise _damaged(path, _reason(error)) from error
     return dict(arrays)
+
+
+@contextlib.contextmanager
+def _plain_name(folder: Path) -> Iterator[Path]:
+    """An absolute path of the folder that Orbax takes for one.
+
+    It looks for files by patterns, so that a path with "[1]" in it finds none, and it needs UTF-8.
+    Such a folder goes by a link meanwhile.
+    """
+    path = folder.absolute()
+    try:
+        is_plain = not set("*?[") & set(str(path)) and bool(str(path).encode())
+    except UnicodeEncodeError:
+        is_plain = False
+    if is_plain:
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix="ssd-jax-") as holder:
+        path.mkdir(parents=True, exist_ok=True)
+        link = Path(holder) / "folder"
+        link.symlink_to(path)
+        yield link
 
 
 def _num_bytes(leaves: Mapping[str, np.ndarray]) -> int:
@@ -134,22 +164,30 @@ def _num_bytes(leaves: Mapping[str, np.ndarray]) -> int:
 def _quiet() -> Iterator[None]:
     """Keep off stderr what Orbax logs about failures: we raise them, as one sentence.
 
-    When one of several leaves fails, callbacks of the others find Orbax's event loop closed.
+    When one of several leaves fails, callbacks of the others find Orbax's event loop closed, even
+    after it has returned; therefore that report stays filtered out after a failure.
     """
     logger, hook = logging.getLogger("absl"), sys.unraisablehook
     level = logger.level
-
-    def report(unraisable: "sys.UnraisableHookArgs") -> None:
-        if "Event loop is closed" not in str(unraisable.exc_value):
-            hook(unraisable)
-
     logger.setLevel(logging.CRITICAL)
-    sys.unraisablehook = report
+    if not isinstance(hook, _WithoutStragglers):
+        sys.unraisablehook = _WithoutStragglers(hook)
     try:
         yield
-    finally:
         sys.unraisablehook = hook
+    finally:
         logger.setLevel(level)
+
+
+class _WithoutStragglers:
+    """A hook for exceptions that nobody can catch, but for those of callbacks that come late."""
+
+    def __init__(self, hook: Callable[["sys.UnraisableHookArgs"], object]) -> None:
+        self._hook = hook
+
+    def __call__(self, unraisable: "sys.UnraisableHookArgs") -> None:
+        if "Event loop is closed" not in str(unraisable.exc_value):
+            self._hook(unraisable)
 
 
 def _reason(error: Exception) -> str:
@@ -157,11 +195,14 @@ def _reason(error: Exception) -> str:
     text = str(error)
     if "No space left on device" in text:
         return "No space left on device"
-    return text.splitlines()[0].split(" [tensorstore_spec=")[0] if text else type(error).__name__
+    if not text:
+        return type(error).__name__
+    return shortened(text.splitlines()[0].split(" [tensorstore_spec=")[0], 200)
 
 
 def _damaged(path: Path, reason: str) -> CheckpointError:
     return CheckpointError(
-        f"Expected an Orbax checkpoint at {path}, but it is damaged ({reason}); "
+        f"Expected an Orbax checkpoint at {shown_path(path)}, but it is damaged "
+        f"({shortened(reason, 300)}); "
         "convert the checkpoint again."
     )

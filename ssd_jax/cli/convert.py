@@ -3,10 +3,8 @@
 import argparse
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-
 from ssd_jax.checkpointing.converter import convert
+from ssd_jax.cli.progress import byte_bars
 from ssd_jax.hub import model_folder
 
 
@@ -36,15 +34,7 @@ def run_convert(args: argparse.Namespace) -> None:
         SsdJaxError: whatever `convert` raises.
     """
     source = model_folder(args.source)
-    columns = TextColumn("{task.description:<10}"), BarColumn(), DownloadColumn()
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bars:
-        tasks = {}
-
-        def show(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bars.add_task(stage, total=total)
-            bars.update(tasks[stage], completed=done)
-
+    with byte_bars() as show:
         manifest = convert(
             source, args.destination, args.dtype, overwrite=args.overwrite, progress=show
         )
