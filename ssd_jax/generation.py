@@ -28,7 +28,12 @@ from ssd_jax.types import Logprobs, LookupStats, SpeculationStats
 FEWEST_STEPS, MOST_STEPS = 8, 64  # steps between two looks of the host, where it has to look
 SECONDS_BETWEEN_LOOKS = 0.05
 GREEDY = SamplingParams()
-_REASONS = {Finish.EOS: "eos", Finish.LENGTH: "length", Finish.STOP: "stop"}
+_REASONS = {
+    Finish.EOS: "eos",
+    Finish.LENGTH: "length",
+    Finish.STOP: "stop",
+    Finish.ERROR: "error",
+}
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +58,8 @@ class Completion:
             Put behind the prompt's text, it is what prompt and output decode to.
         token_ids: every emitted token, an EOS token included, up to the one that completed a stop
             string.
-        finish_reason: "eos" (an EOS or stop id), "stop" (a stop string) or "length".
+        finish_reason: "eos" (an EOS or stop id), "stop" (a stop string), "length", or "error": the
+            logits after the last token were NaN or infinite, or no token was possible.
         prompt_tokens: tokens of the prompt.
         seed: what to pass to get the same output again.
         logprobs: one entry a token if asked for.
@@ -219,10 +225,10 @@ class _Row:
         """
         prompt_len = len(self._request.prompt_ids)
         length, code = int(lengths[self.index]), Finish(int(finish[self.index]))
-        if length == self._seen:
+        reason = _REASONS.get(code)
+        if length == self._seen and reason is None:
             return None
         new = tokens[self.index, self._seen : length].tolist()
-        reason = _REASONS.get(code)
         text = ""
         if self._tokenizer is not None and reason == "eos":
             stops = tuple(self._request.params.stop)

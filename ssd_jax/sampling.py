@@ -3,6 +3,10 @@
 Order: repetition penalty, presence and frequency penalties, logit bias, temperature, top-k, top-p,
 min-p. Randomness is keyed by (seed, absolute position, purpose) and by nothing else, so a row's
 draws depend neither on its batch neighbours nor on the decoding method.
+
+Logits may hold NaN, or leave no token possible, or be infinite. Such a row has no law, and its
+token is NO_TOKEN, by which `decoding.emission` ends the row. That costs nothing: a row's maximum,
+which is computed anyway, is then not finite.
 """
 
 import enum
@@ -12,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key, UInt32
 
-from ssd_jax.types import Sampling
+from ssd_jax.types import NO_TOKEN, Sampling
 
 
 class Purpose(enum.IntEnum):
@@ -30,7 +34,8 @@ def warp(
     """Log-probabilities of the law that each row's next token is drawn from.
 
     A greedy row (temperature 0) gets a point mass on its most likely token, the lowest id among
-    equals. Tokens tied with the last one that top-k or top-p admits are admitted too.
+    equals. Tokens tied with the last one that top-k or top-p admits are admitted too. A row without
+    a law gets one in which no token is possible: all minus infinity, or NaN.
     """
     logits = penalize(logits, sampling, output_counts)
     best = first_argmax(logits)
@@ -106,6 +111,8 @@ def sample_tokens(
 ) -> Int[Array, "B"]:
     """One token a row from its log-probabilities, for the given absolute positions in the text.
 
+    NO_TOKEN where no token is possible.
+
     The Gumbel-max trick: argmax of log-probability plus position-keyed noise. A point mass needs no
     noise, so a batch of greedy rows draws none.
     """
@@ -119,15 +126,16 @@ def sample_tokens(
 
 
 def first_argmax(values: Float[Array, "*B V"]) -> Int[Array, "*B"]:
-    """The lowest index of each row's maximum, as `jnp.argmax` (the last index in a row of NaNs).
+    """The lowest index of each row's maximum; NO_TOKEN where that is NaN or infinite.
 
     Two plain reductions: XLA's CPU backend does not vectorise argmax, which takes eight times as
     long.
     """
     size = values.shape[-1]
     indices = jnp.arange(size, dtype=jnp.int32)
-    is_best = values == jnp.max(values, axis=-1, keepdims=True)
-    return jnp.minimum(jnp.min(jnp.where(is_best, indices, size), axis=-1), size - 1)
+    best = jnp.max(values, axis=-1, keepdims=True)
+    first = jnp.min(jnp.where(values == best, indices, size), axis=-1)
+    return jnp.where(jnp.isfinite(best[..., 0]), first, NO_TOKEN)
 
 
 def gumbel_noise(

@@ -16,8 +16,12 @@ Axis letters, as in `jax.nn.dot_product_attention`, the same in every file:
 Donated trees (`KVCache`, `DecodeState`) hold buffers and nothing else.
 """
 
+from typing import Final
+
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int, Int8, PyTree, UInt32
+
+NO_TOKEN: Final = -1  # the token of a law that has none, since its logits were not finite
 
 
 @struct.dataclass
@@ -125,7 +129,7 @@ class PreparedDrafts:
     """The speculation cache: for R outcomes of the running verification, what to draft after each.
 
     Branch r of row b is for the outcome (num_accepted[b, r], bonus_token[b, r]). A branch that is
-    for no outcome has num_accepted -2.
+    for no outcome has num_accepted -2. A draft ends before its first NO_TOKEN.
     """
 
     num_accepted: Int[Array, "B R"]
@@ -136,7 +140,7 @@ class PreparedDrafts:
 
 @struct.dataclass
 class Verdict:
-    """How many drafted tokens stand, and the token that the target adds after them."""
+    """How many drafted tokens stand, and the token that the target adds after them, or NO_TOKEN."""
 
     num_accepted: Int[Array, "B"]
     bonus_token: Int[Array, "B"]

@@ -1,8 +1,9 @@
 """Deciding which drafted tokens stand, and the one token the target adds.
 
 `laws[b, j]` is the target's warped law (log-probabilities) for the token after j drafted ones, so
-it has one position more than the draft. `positions[b]` is the absolute position of the first
-drafted token. Called p and q here: the target's law and the law the draft was drawn from.
+it has one position more than the draft. Where the target has no law, no drafted token stands and
+the bonus token is NO_TOKEN. `positions[b]` is the absolute position of the first drafted token.
+Called p and q here: the target's law and the law the draft was drawn from.
 
 Source: Leviathan et al. 2023 and Chen et al. 2023 (rejection), Daliri et al. 2024 (coupled).
 """

@@ -22,6 +22,7 @@ _ENDINGS = {
     "eos": "stopped by end of text",
     "stop": "stopped by stop string",
     "length": "stopped by length",
+    "error": "stopped by logits that are not finite or leave no token possible",
     INTERRUPTED: INTERRUPTED,
 }
 

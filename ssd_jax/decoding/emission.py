@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from ssd_jax.decoding.finish import Finish
-from ssd_jax.types import DecodeState, Logprobs, Sampling
+from ssd_jax.types import NO_TOKEN, DecodeState, Logprobs, Sampling
 
 
 def emit(
@@ -19,20 +19,24 @@ def emit(
 ) -> DecodeState:
     """The state with each running row's first `num_candidates` tokens appended.
 
-    A row is cut after its first EOS token and at its length limit, and marked as ended there. The
-    cache's length follows the text's: everything but the last token.
+    A row is cut after its first EOS token, before a NO_TOKEN and at its length limit, and marked as
+    ended there. The cache's length follows the text's: everything but the last token.
     """
     offsets = jnp.arange(candidates.shape[1], dtype=jnp.int32)
     running = state.finish == Finish.RUNNING
+    is_token = candidates != NO_TOKEN
     is_eos = jnp.any(candidates[:, :, None] == sampling.eos_ids[:, None, :], axis=-1)
-    eos_so_far = jnp.cumsum(is_eos, axis=1, dtype=jnp.int32)
-    eos_before = eos_so_far - is_eos.astype(jnp.int32)
+    is_end = is_eos | ~is_token
+    ends_so_far = jnp.cumsum(is_end, axis=1, dtype=jnp.int32)
+    ends_before = ends_so_far - is_end.astype(jnp.int32)
     room = sampling.max_length - state.lengths
     limit = jnp.where(running, jnp.minimum(num_candidates, room), 0)
-    emitted = (offsets < limit[:, None]) & (eos_before == 0)
+    reached = (offsets < limit[:, None]) & (ends_before == 0)
+    emitted = reached & is_token
     lengths = state.lengths + jnp.sum(emitted, axis=1, dtype=jnp.int32)
     ended = jnp.where(lengths >= sampling.max_length, Finish.LENGTH, Finish.RUNNING)
     ended = jnp.where(jnp.any(emitted & is_eos, axis=1), Finish.EOS, ended)
+    ended = jnp.where(jnp.any(reached & ~is_token, axis=1), Finish.ERROR, ended)
     rows = jnp.arange(candidates.shape[0], dtype=jnp.int32)[:, None]
     return dataclasses.replace(
         state,

@@ -10,3 +10,4 @@ class Finish(enum.IntEnum):
     EOS = 1
     LENGTH = 2
     STOP = 3  # set by the host: a stop string, or a row that only pads the batch
+    ERROR = 4  # the logits were NaN, infinite or all impossible: there is no next token

@@ -29,7 +29,7 @@ from ssd_jax.decoding.emission import emit, write_where
 from ssd_jax.decoding.finish import Finish
 from ssd_jax.decoding.speculative import add_round, draft_room, verified_tokens, verify_round
 from ssd_jax.drafting.draft_model import draft_tokens, match_vocabulary, within_context
-from ssd_jax.drafting.drafts import choose_rows, point_masses
+from ssd_jax.drafting.drafts import choose_rows, cut_at_failure, point_masses
 from ssd_jax.drafting.ngram import NgramConfig, draft_ngram, update_ngram
 from ssd_jax.fan_out import FanOut
 from ssd_jax.models.branches import forward_branches, init_branches
@@ -120,7 +120,7 @@ def propose(
             text.lengths,
             width=speculator.draft_len + 1,
         )
-    prepared = dataclasses.replace(point_masses(tokens, room), law=law)
+    prepared = cut_at_failure(dataclasses.replace(point_masses(tokens, room), law=law))
     missing = jnp.where(hit, 0, room)
 
     def fall_back(both: tuple[Draft, DecodeState]) -> tuple[Draft, DecodeState]:
@@ -248,7 +248,8 @@ def prepare(
         purpose = Purpose.DRAFT if rejection else Purpose.TOKEN
         choose = functools.partial(sample_tokens, purpose=purpose)
         tokens = over_positions(choose, laws, trunk_lengths + 1 + index, sampling=sampling)
-        return (tokens, add_token(counts, tokens), branches), (tokens, laws if rejection else None)
+        grown = jnp.maximum(tokens, 0)  # a branch that failed grows on, and is cut where it is used
+        return (grown, add_token(counts, grown), branches), (tokens, laws if rejection else None)
 
     branches = init_branches(
         config, len(last), speculator.draft_len, speculator.num_branches, trunk.keys[0].dtype

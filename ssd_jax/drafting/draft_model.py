@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from ssd_jax.config import ModelConfig
 from ssd_jax.decoding.finish import Finish
+from ssd_jax.drafting.drafts import cut_at_failure
 from ssd_jax.models.decoder import compute_logits, forward
 from ssd_jax.sampling import Purpose, sample_tokens, warp
 from ssd_jax.types import DecodeState, Draft, KVCache, ModelParams, Sampling
@@ -30,6 +31,8 @@ def draft_tokens(
     reshape_law: Callable[[Array, Array], Array] | None = None,
 ) -> tuple[Draft, KVCache]:
     """`limit` tokens for each row (at most `draft_len`), and the draft's cache after them.
+
+    A row whose logits are not finite drafts no further.
 
     The first step feeds the last two tokens of the text, not one: after a fully accepted draft the
     last but one was drafted but never fed, and its slot would stay empty. Before it, the cache must
@@ -54,7 +57,7 @@ def draft_tokens(
         token = sample_tokens(law, sampling, lengths + step, purpose)
         laws = None if draft.law is None else draft.law.at[:, step].set(law)
         draft = dataclasses.replace(draft, tokens=draft.tokens.at[:, step].set(token), law=laws)
-        return counts.at[rows, token].add(1), draft
+        return counts.at[rows, jnp.maximum(token, 0)].add(1), draft
 
     first = jnp.maximum(lengths - 2, 0)
     pair = first[:, None] + jnp.arange(2, dtype=jnp.int32)
@@ -76,13 +79,14 @@ def draft_tokens(
     def step(index: Array, carry: tuple[Array, Draft, KVCache]) -> tuple[Array, Draft, KVCache]:
         counts, draft, cache = carry
         token = jax.lax.dynamic_index_in_dim(draft.tokens, index - 1, axis=1)
+        token = jnp.maximum(token, 0)  # behind a NO_TOKEN nothing counts, but ids must be ids
         hidden, cache = forward(config, params, token, cache, lengths - 1 + index)
         counts, draft = choose(hidden[:, 0], counts, draft, index)
         return counts, draft, cache
 
     _, draft, cache = jax.lax.fori_loop(1, num_steps, step, (counts, draft, cache))
     fed = lengths - 1 + jnp.maximum(num_steps, 1)
-    return draft, dataclasses.replace(cache, lengths=fed)
+    return cut_at_failure(draft), dataclasses.replace(cache, lengths=fed)
 
 
 def catch_up(

@@ -1,16 +1,30 @@
-"""Drafts as values: without a law of their own, and rows of two drafts side by side."""
+"""Drafts as values: without a law, cut where the draft failed, and two drafts' rows in one."""
 
 import dataclasses
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from ssd_jax.types import Draft
+from ssd_jax.types import NO_TOKEN, Draft
 
 
 def point_masses(tokens: Int[Array, "B J"], count: Int[Array, "B"]) -> Draft:
     """A draft without a law, of a loop's first drafter."""
     return Draft(tokens=tokens, count=count, law=None, drafter=jnp.zeros_like(count))
+
+
+def cut_at_failure(draft: Draft) -> Draft:
+    """The draft up to the first NO_TOKEN of each row, which its drafter had no law for.
+
+    What a draft model cannot compute is thereby not drafted: the target goes on by itself.
+    """
+    is_token = draft.tokens != NO_TOKEN
+    possible = jnp.sum(jnp.cumprod(is_token.astype(jnp.int32), axis=1), axis=1)
+    return dataclasses.replace(
+        draft,
+        tokens=jnp.where(is_token, draft.tokens, 0),
+        count=jnp.minimum(draft.count, possible),
+    )
 
 
 def choose_rows(use_first: Bool[Array, "B"], first: Draft, second: Draft) -> Draft:

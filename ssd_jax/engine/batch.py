@@ -5,7 +5,6 @@ import secrets
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from ssd_jax.buckets import bucket_batch, bucket_count, bucket_slots, prefill_chunks
@@ -16,6 +15,7 @@ from ssd_jax.field_checks import check
 from ssd_jax.jax_settings import check_jax_settings
 from ssd_jax.memory import batch_bytes, require_memory
 from ssd_jax.model import Model
+from ssd_jax.placement import home
 from ssd_jax.sampling_params import SamplingParams
 from ssd_jax.text import Tokenizer
 from ssd_jax.types import Sampling
@@ -137,7 +137,7 @@ def _special_stop_ids(tokenizer: Tokenizer, stops: Sequence[str]) -> tuple[int, 
 def make_batch(
     model: Model, requests: Sequence[Request], draft_len: int = 0, draft: Model | None = None
 ) -> Batch:
-    """The requests as padded arrays on the host (options already on the device).
+    """The requests as padded arrays on the host (options already on the model's devices).
 
     A pass over a draft writes up to `draft_len` slots past the text, which is room set aside here;
     a draft model's cache counts in what has to fit the memory.
@@ -209,10 +209,10 @@ def _make_sampling(
     seeds = [request.seed for request in requests] + [0] * padding
     words = np.array([[seed >> 32, seed & 0xFFFFFFFF] for seed in seeds], np.uint32)
 
-    def column(name: str, dtype: type) -> jax.Array:
-        return jnp.asarray(np.array([getattr(params, name) for params in options], dtype))
+    def column(name: str, dtype: type) -> np.ndarray:
+        return np.array([getattr(params, name) for params in options], dtype)
 
-    return Sampling(
+    sampling = Sampling(
         temperature=column("temperature", np.float32),
         top_k=column("top_k", np.int32),
         top_p=column("top_p", np.float32),
@@ -220,9 +220,11 @@ def _make_sampling(
         repetition_penalty=column("repetition_penalty", np.float32),
         presence_penalty=column("presence_penalty", np.float32),
         frequency_penalty=column("frequency_penalty", np.float32),
-        logit_bias=jnp.asarray(bias),
-        prompt_tokens=jnp.asarray(prompt_tokens),
-        seed=jnp.asarray(words),
-        eos_ids=jnp.asarray(eos),
-        max_length=jnp.asarray(np.array([*max_lengths, *[1] * padding], np.int32)),
+        logit_bias=bias,
+        prompt_tokens=prompt_tokens,
+        seed=words,
+        eos_ids=eos,
+        max_length=np.array([*max_lengths, *[1] * padding], np.int32),
     )
+    # Anywhere else, every dispatch would copy them to the devices of the weights.
+    return jax.device_put(sampling, home(model))

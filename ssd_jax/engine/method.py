@@ -1,6 +1,11 @@
-"""Decoding methods as the host sees them: functions over a state it never looks into."""
+"""Decoding methods as the host sees them: functions over a state it never looks into.
+
+What a program reads besides the state is put on its devices before, so that a dispatch copies
+nothing.
+"""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -42,28 +47,40 @@ class Method:
 
 def autoregressive(model: Model) -> Method:
     """One token a step."""
-    config, params = model.config, model.params
+    config, params, small = model.config, model.params, home(model)
+    placed = numbers_on(small)
     return Method(
         prefill=lambda batch: read_prompts(model, batch),
         advance=lambda batch, state, steps: decode(
-            config, params, batch.sampling, state, np.int32(steps)
+            config, params, batch.sampling, state, placed(steps)
         ),
         view=lambda state: (state, None, None),
-        stop=stop_rows,
+        stop=lambda state, rows: stop_rows(state, jax.device_put(rows, small)),
     )
+
+
+def numbers_on(where: Sharding) -> Callable[[int], jax.Array]:
+    """A function that gives whole numbers (int32) as arrays there, each put there once."""
+    return functools.cache(lambda number: jax.device_put(np.int32(number), where))
 
 
 def speculative(model: Model, speculation: Speculation) -> Method:
     """A drafter proposes, the target verifies."""
     draft, drafter = speculation.draft, speculation.drafter
     drafter_params = None if draft is None else draft.params
+    small = home(model)
+    placed = numbers_on(small)
     times, rate = speculation.round_times, speculation.synthetic_acceptance
-    round_s = None if times is None else np.array(times.seconds, np.float32)
-    synthetic_acceptance = None if rate is None else np.float32(rate)
+    round_s, synthetic_acceptance = jax.device_put(
+        (
+            None if times is None else np.array(times.seconds, np.float32),
+            None if rate is None else np.float32(rate),
+        ),
+        small,
+    )
 
     def prefill(batch: Batch) -> SpeculativeState:
         # What is not said to be on the devices where the program will leave it compiles it twice.
-        small = home(model)
         stats = no_stats(batch)
         pace = None if times is None else _no_pace(len(drafter.names), len(batch.lengths))
         return SpeculativeState(
@@ -81,7 +98,7 @@ def speculative(model: Model, speculation: Speculation) -> Method:
             drafter_params,
             batch.sampling,
             state,
-            np.int32(rounds),
+            placed(rounds),
             round_s,
             synthetic_acceptance,
             verification=speculation.verification,
@@ -92,7 +109,9 @@ def speculative(model: Model, speculation: Speculation) -> Method:
         prefill=prefill,
         advance=advance,
         view=lambda state: (state.target, state.stats, None),
-        stop=lambda state, rows: dataclasses.replace(state, target=stop_rows(state.target, rows)),
+        stop=lambda state, rows: dataclasses.replace(
+            state, target=stop_rows(state.target, jax.device_put(rows, small))
+        ),
     )
 
 

@@ -22,17 +22,19 @@ def read_prompts(model: Model, batch: Batch) -> DecodeState:
     cache = state.cache
     for start, size in batch.chunks:
         tokens = jax.device_put(batch.tokens[:, start : start + size], home(model))
-        cache = prefill_chunk(model.config, model.params, tokens, cache, np.int32(start))
+        first = jax.device_put(np.int32(start), home(model))
+        cache = prefill_chunk(model.config, model.params, tokens, cache, first)
     return dataclasses.replace(state, cache=cache)
 
 
 def unread_state(model: Model, batch: Batch) -> DecodeState:
     """The state of `read_prompts` but for what the cache holds, on the model's devices."""
+    tokens, lengths, finish = jax.device_put((batch.tokens, batch.lengths, batch.finish))
     state = initial_state(
         model.config,
-        batch.tokens,
-        batch.lengths,
-        batch.finish,
+        tokens,
+        lengths,
+        finish,
         dtype=model.params.embedding.dtype,
         num_top_logprobs=batch.num_top_logprobs,
     )
@@ -41,7 +43,7 @@ def unread_state(model: Model, batch: Batch) -> DecodeState:
 
 def learn_prompts(config: NgramConfig, batch: Batch) -> NgramState:
     """n-gram tables that know the prompts."""
-    return _learn(config, batch.tokens, batch.lengths)
+    return _learn(config, *jax.device_put((batch.tokens, batch.lengths)))
 
 
 @functools.partial(jax.jit, static_argnames="config")

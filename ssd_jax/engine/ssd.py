@@ -84,10 +84,10 @@ def speculative_speculative(model: Model, ssd: SSD) -> Method:
         return run
 
     def stop(run: Run, rows: np.ndarray) -> Run:
-        text = stop_rows(run.speculator.text, rows)
+        text = stop_rows(run.speculator.text, jax.device_put(rows, programs.draft_home))
         return dataclasses.replace(
             run,
-            target=stop_rows(run.target, rows),
+            target=stop_rows(run.target, jax.device_put(rows, programs.target_home)),
             speculator=dataclasses.replace(run.speculator, text=text),
         )
 

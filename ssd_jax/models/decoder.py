@@ -91,7 +91,21 @@ def project_qkv(
     query, key = apply_rope(query, cos, sin), apply_rope(key, cos, sin)
     batch, num_tokens = x.shape[:2]
     query = query.reshape(batch, num_tokens, config.num_heads, config.head_dim)
-    return query, key[:, :, :, 0], value[:, :, :, 0]
+    return query, *hide_failures(key[:, :, :, 0], value[:, :, :, 0])
+
+
+def hide_failures(
+    key: Float[Array, "B T K H"], value: Float[Array, "B T K H"]
+) -> tuple[Float[Array, "B T K H"], Float[Array, "B T K H"]]:
+    """Keys and values as they are; a value that is not finite becomes 0, and its key NaN.
+
+    Attention weighs the values of slots that it must not see (rejected drafts, padding) with 0, and
+    0 times NaN is NaN. The score of a NaN key, however, is masked away unread, and reaches the
+    queries that do see the slot all the same.
+    """
+    is_finite = jnp.all(jnp.isfinite(value), axis=-1, keepdims=True)
+    zero, nan = jnp.zeros((), value.dtype), jnp.full((), jnp.nan, key.dtype)
+    return jnp.where(is_finite, key, nan), jnp.where(is_finite, value, zero)
 
 
 def project_output(

@@ -12,6 +12,7 @@ from ssd_jax.decoding.finish import Finish
 from ssd_jax.drafting.draft_model import match_vocabulary
 from ssd_jax.sampling import counts_along_draft, over_positions, reported_logprobs, warp
 from ssd_jax.types import (
+    NO_TOKEN,
     DecodeState,
     Draft,
     KVCache,
@@ -66,6 +67,8 @@ def emitted_one_by_one(text, candidates, eos_ids, max_length):
     for token in candidates:
         if len(text) >= max_length:
             break
+        if token == NO_TOKEN:
+            return text, Finish.ERROR
         text.append(token)
         if token in eos_ids:
             return text, Finish.EOS
@@ -82,6 +85,7 @@ def test_emit_is_token_by_token_appending(seed):
     max_length = np.minimum(lengths + rng.integers(1, T + 2, B), S)
     eos_ids = np.where(rng.random((B, 2)) < 0.5, rng.integers(0, V, (B, 2)), -1)
     candidates = rng.integers(0, V, (B, T)).astype(np.int32)
+    candidates[rng.random((B, T)) < 0.1] = NO_TOKEN
     num_candidates = rng.integers(1, T + 1, B).astype(np.int32)
     before = make_state(tokens, lengths, finish)
     after = emit(before, make_sampling(max_length, eos_ids), candidates, num_candidates)

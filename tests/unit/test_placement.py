@@ -10,13 +10,16 @@ import sys
 import jax
 import numpy as np
 import pytest
-from speculation_cases import DRAFT_LEN, PROMPTS, assert_same_outputs
+from speculation_cases import DRAFT_LEN, PROMPTS, assert_same_outputs, with_times
 from ssd_cases import FAIR, FAN_OUT, LONG, hit_rate
 from tiny_models import CONFIGS, make_tiny, perturbed, tiny_tokenizer
 
+from ssd_jax.drafting.ngram import NgramConfig
+from ssd_jax.engine.batch import make_requests
+from ssd_jax.engine.speculation import Speculation
 from ssd_jax.engine.ssd_options import SSD
 from ssd_jax.errors import ConfigError
-from ssd_jax.generation import generate
+from ssd_jax.generation import choose_method, generate
 from ssd_jax.model import Model
 from ssd_jax.placement import home, place_model, repeat_model, shard_model, spare_device
 
@@ -231,3 +234,52 @@ def test_splitting_too_late_or_too_much_is_refused():
     lines = python(TOO_MANY).splitlines()
     assert len(lines) == 2
     assert all("needs a core for each side, got" in line for line in lines)
+
+
+def on_four_devices(method):
+    """A target on a mesh of four devices, and how to decode with it."""
+    target = shard_model(whole(), devices()[:4])
+    draft = shard_model(perturbed(whole(), FAIR), devices()[:4])
+    match method:
+        case "plain":
+            return target, None
+        case "paced":
+            speculation = Speculation(draft=draft, draft_len=DRAFT_LEN)
+            return target, with_times(speculation, lambda drafted: 1.0 + 0.1 * drafted)
+        case "made up":
+            return target, Speculation(draft=draft, draft_len=DRAFT_LEN, synthetic_acceptance=0.5)
+        case "n-gram":
+            return target, Speculation(ngram=NgramConfig(n=1, max_draft=DRAFT_LEN))
+    draft = place_model(perturbed(whole(), FAIR), devices()[5])
+    return target, SSD(draft=draft, draft_len=DRAFT_LEN, fan_out=FAN_OUT)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        "plain",
+        "paced",
+        pytest.param("made up", marks=pytest.mark.slow),
+        pytest.param("n-gram", marks=pytest.mark.slow),
+        "ssd",
+    ],
+)
+def test_a_mesh_gets_its_options_once(method):
+    """A dispatch copies nothing to the devices or between them, not even a number of steps."""
+    target, speculation = on_four_devices(method)
+    requests = make_requests(target, PROMPTS, LONG)
+    decoding, batch = choose_method(target, requests, speculation)
+    state = decoding.advance(batch, decoding.prefill(batch), 2)
+    with jax.transfer_guard("disallow"):
+        for _ in range(3):
+            state = decoding.advance(batch, state, 2)
+        state = decoding.stop(state, np.array([True, False, False, False]))
+        state = decoding.advance(batch, state, 2)
+    assert batch.sampling.temperature.sharding == home(target)
+
+
+def test_a_request_to_a_mesh_copies_nothing_but_by_intent():
+    target = shard_model(whole(), devices()[:4])
+    with jax.transfer_guard("disallow"):
+        completions = generate(target, PROMPTS, LONG)
+    assert_same_outputs(completions, plain())
