@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ssd_jax.checkpointing.converter import convert
-from ssd_jax.hub import model_folder
+from ssd_jax.cli.model_name import named_folder
 
 
 def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,7 +35,7 @@ def run_convert(args: argparse.Namespace) -> None:
     Raises:
         SsdJaxError: whatever `convert` raises.
     """
-    source = model_folder(args.source)
+    source = named_folder(args.source)
     columns = TextColumn("{task.description:<10}"), BarColumn(), DownloadColumn()
     with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bars:
         tasks = {}

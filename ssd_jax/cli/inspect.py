@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from ssd_jax.checkpointing.inspect import describe
-from ssd_jax.hub import model_folder
+from ssd_jax.cli.model_name import named_folder
 
 
 def add_inspect_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,4 +24,4 @@ def run_inspect(args: argparse.Namespace) -> None:
     Raises:
         SsdJaxError: the folder holds no readable checkpoint.
     """
-    print(describe(model_folder(args.folder)))
+    print(describe(named_folder(args.folder)))
