@@ -21,6 +21,7 @@ import jax
 from ssd_jax.engine.speculation import RoundTimes, Speculation
 from ssd_jax.errors import CheckpointError, ConfigError, RequestError
 from ssd_jax.json_files import is_file, read_json_object
+from ssd_jax.json_text import to_json
 from ssd_jax.model import Model
 from ssd_jax.sampling_params import SamplingParams
 from ssd_jax.types import ModelParams
@@ -112,7 +113,7 @@ def keep_times(folder: Path, about: dict[str, Any], times: RoundTimes) -> Path:
     content = {
         "schema": SCHEMA,
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "seconds": [[s if s < math.inf else None for s in row] for row in times.seconds],
+        "seconds": times.seconds,  # infinite ones become null
         "about": about,
     }
     try:
@@ -121,7 +122,7 @@ def keep_times(folder: Path, about: dict[str, Any], times: RoundTimes) -> Path:
         raise ConfigError(
             f"{folder} cannot be made ({error.strerror}): set XDG_CACHE_HOME to a folder that can."
         ) from error
-    write_whole(path, json.dumps(content, indent=1, allow_nan=False).encode())
+    write_whole(path, to_json(content, indent=1).encode())
     _prune(folder, path)
     return path
 
