@@ -17,7 +17,7 @@ class SsdJaxError(Exception):
     """
 
     def __init__(self, message: str = "") -> None:
-        super().__init__(shortened(printable(message), MAX_MESSAGE))
+        super().__init__(shortened(message, MAX_MESSAGE))
 
 
 class ConfigError(SsdJaxError):
@@ -57,7 +57,10 @@ def printable(text: str) -> str:
 
 
 def shortened(text: str, limit: int) -> str:
-    """The text, without its middle if it is longer than the limit."""
+    """The text as `printable`, without its middle if it is longer than the limit."""
+    if len(text) > 2 * limit:
+        text = text[:limit] + text[-limit:]  # more is never shown, and may be gigabytes
+    text = printable(text)
     if len(text) <= limit:
         return text
     half = (limit - 5) // 2

@@ -102,21 +102,32 @@ def _fetch(repo: str, revision: str | None, *, quiet: bool) -> Path:
         except ConfigError as error:
             raise ConfigError(f"The model {repo} on the hub cannot be run: {error}") from error
 
-    def fetch(file: str) -> None:
-        huggingface_hub.hf_hub_download(
-            repo, file, revision=folder.name, tqdm_class=NoBar if quiet else None
-        )
-
-    with _in_words(repo, revision):
+    with _in_words(repo, revision), _bars(shown=not quiet):
         try:
             for file in (_CONFIG, *_weight_files(folder)):
-                fetch(file)
+                huggingface_hub.hf_hub_download(repo, file, revision=folder.name)
         except LocalEntryNotFoundError:
             raise
         except EntryNotFoundError as error:
             names = huggingface_hub.HfApi().list_repo_files(repo, revision=folder.name)
             raise CheckpointError(_about_formats(repo, names)) from error
     return folder
+
+
+@contextmanager
+def _bars(*, shown: bool) -> Iterator[None]:
+    """With or without the hub's progress bars, whose switch is the whole process's."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
+
+    if shown or constants.HF_HUB_DISABLE_PROGRESS_BARS is not None:
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()
 
 
 def _weight_files(folder: Path) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ssd_jax.errors import CheckpointError, shortened
+from ssd_jax.errors import CheckpointError, shortened, shown
 
 MAX_DEPTH = 64
 
@@ -41,11 +41,12 @@ def read_json_object(path: Path) -> dict[str, Any]:
     """The object in a JSON file.
 
     Raises:
-        CheckpointError: the file is unreadable, not JSON, nested too deep, or not an object.
+        CheckpointError: the file is unreadable, not JSON, nested too deep, or not an object, or a
+            field stands in it twice with different values.
     """
     text = read_text(path)
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=_agreeing)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(
             f"Expected JSON in {shown_path(path)}, but it cannot be read "
@@ -70,3 +71,13 @@ def read_json_object(path: Path) -> dict[str, Any]:
             "fetch that file again."
         )
     return value
+
+
+def _agreeing(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of these fields; readers differ in which of two values of a field they take."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        for name, value in pairs:
+            if value != fields[name]:
+                raise ValueError(f"the field {shown(name)} stands there twice, with two values")
+    return fields

@@ -4,8 +4,8 @@ import argparse
 from pathlib import Path
 
 from ssd_jax.checkpointing.converter import convert
+from ssd_jax.cli.model_name import named_folder
 from ssd_jax.cli.progress import byte_bars
-from ssd_jax.hub import model_folder
 
 
 def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,7 +33,7 @@ def run_convert(args: argparse.Namespace) -> None:
     Raises:
         SsdJaxError: whatever `convert` raises.
     """
-    source = model_folder(args.source)
+    source = named_folder(args.source)
     with byte_bars() as show:
         manifest = convert(
             source, args.destination, args.dtype, overwrite=args.overwrite, progress=show

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from ssd_jax.checkpointing.inspect import describe
 from ssd_jax.checkpointing.verify import verify_checkpoint
+from ssd_jax.cli.model_name import named_folder
 from ssd_jax.cli.progress import byte_bars
-from ssd_jax.hub import model_folder
 
 
 def add_inspect_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,7 +32,7 @@ def run_inspect(args: argparse.Namespace) -> None:
     Raises:
         SsdJaxError: the folder holds no readable checkpoint, or files that have changed.
     """
-    folder = model_folder(args.folder)
+    folder = named_folder(args.folder)
     account = describe(folder)
     if not args.verify:
         print(account)

@@ -10,6 +10,7 @@ from typing import Any
 from ssd_jax.cli.busy import busy
 from ssd_jax.cli.environment import user_cache
 from ssd_jax.cli.flags import AUTO
+from ssd_jax.cli.model_name import named_folder
 from ssd_jax.cpu_clients import draft_cpu
 from ssd_jax.drafting.ngram import NgramConfig
 from ssd_jax.engine.round_times import measure_pass_times, measure_round_times
@@ -17,7 +18,6 @@ from ssd_jax.engine.speculation import DEFAULT_DRAFT_LEN, RoundTimes, Speculatio
 from ssd_jax.engine.ssd_options import SSD
 from ssd_jax.errors import ConfigError, RequestError
 from ssd_jax.fan_out import FanOut
-from ssd_jax.hub import model_folder
 from ssd_jax.model import Model, demo_folder, load_model
 from ssd_jax.placement import place_model, spare_device
 from ssd_jax.sampling_params import SamplingParams
@@ -220,7 +220,7 @@ def load_draft(args: argparse.Namespace, model: Model, method: str) -> Model:
     if args.model and not args.draft_model:
         raise RequestError(f"--method {method} needs --draft-model for a model of your own.")
     name = args.draft_model
-    folder = demo_folder("draft") if name is None else model_folder(name, quiet=args.quiet)
+    folder = demo_folder("draft") if name is None else named_folder(name, quiet=args.quiet)
     with busy(f"loading {name or 'the demo draft'}", quiet=args.quiet):
         draft = load_model(folder, args.dtype)
     check_pair(model, draft)

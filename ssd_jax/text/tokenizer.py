@@ -178,7 +178,10 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
 
 def _load_backend(path: Path) -> tokenizers.Tokenizer:
-    """Tokenizer in a tokenizer.json, without the truncation and padding it may ask for."""
+    """Tokenizer in a tokenizer.json, without what that may ask for in training.
+
+    That is truncation, padding, and dropout, which encodes a text in another way each time.
+    """
     if not is_file(path):
         raise CheckpointError(
             f"Expected a tokenizer at {shown_path(path)}, found no such file; "
@@ -189,6 +192,8 @@ def _load_backend(path: Path) -> tokenizers.Tokenizer:
             backend = tokenizers.Tokenizer.from_file(str(path))
             backend.no_truncation()
             backend.no_padding()
+            if isinstance(backend.model, tokenizers.models.BPE):
+                backend.model.dropout = None
             backend.encode("")  # which puts in the special tokens, and they may not exist
             return backend
     except Exception as error:  # the library raises bare Exception for every kind of damage

@@ -6,6 +6,7 @@ import jax
 import pytest
 
 from ssd_jax.cli import busy as module
+from ssd_jax.cli import model_name
 from ssd_jax.cli.busy import begin, busy, busy_in_turn
 from ssd_jax.cli.compile_clock import showing_compilation
 
@@ -166,3 +167,20 @@ def test_a_real_compilation_shows_itself(timers, terminal):
     with showing_compilation(print, quiet=False):
         jax.jit(lambda x: x * 2 + 1)(3.0)
         assert Timer.started == ()
+
+
+@pytest.mark.parametrize("with_bars", [True, False])
+def test_fetching_is_said_where_the_hub_shows_no_bars(timers, monkeypatch, with_bars):
+    stream = Terminal() if with_bars else io.StringIO()
+    write_to(stream, monkeypatch)
+    monkeypatch.setattr(model_name, "sys", types.SimpleNamespace(stderr=stream))
+
+    def fetch(name, *, quiet):
+        timers()
+        return name
+
+    monkeypatch.setattr(model_name, "model_folder", fetch)
+    assert model_name.named_folder("a/b") == "a/b"
+    assert stream.getvalue() == (
+        "" if with_bars else "fetching a/b from the Hugging Face hub ...\n"
+    )

@@ -269,7 +269,6 @@ def test_variables_of_the_environment_and_an_interrupt(hub, tmp_path):
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (130, b"")
-    assert list(cache.glob("hub/*/blobs/*.incomplete")) == []
     hub.stalled.pop("model.safetensors").set()
     hub.asked.clear()
     done = subprocess.run([sys.executable, "-c", FETCH, NAME], capture_output=True, env=environment)

@@ -97,7 +97,15 @@ def damage(number):
             fields.pop(name, None)
         else:
             fields[name] = value
+    if names and chance.random() < 0.04:
+        return twice(fields, next(iter(names))), tuple(names), base
     return as_text(fields), tuple(names), base
+
+
+def twice(fields, name):
+    """The file with a field that stands there twice, with two values."""
+    first, second = as_text({name: "one value"}), as_text({**fields, name: 2})
+    return first[:-1] + ", " + second[1:]
 
 
 def as_text(fields):

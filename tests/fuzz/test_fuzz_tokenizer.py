@@ -117,7 +117,7 @@ def change_somewhere(chance, tree):
         keys = list(tree) if isinstance(tree, dict) else list(range(len(tree)))
         if not keys:
             if isinstance(tree, dict):
-                tree["new"] = chance.choice(VALUES)
+                tree["new"] = copy.deepcopy(chance.choice(VALUES))
             return
         key = chance.choice(keys)
         if isinstance(tree[key], dict | list) and tree[key] and chance.random() < 0.75:
@@ -126,7 +126,7 @@ def change_somewhere(chance, tree):
         if chance.random() < 0.15:
             del tree[key]
         else:
-            tree[key] = chance.choice(VALUES)
+            tree[key] = copy.deepcopy(chance.choice(VALUES))
         return
 
 
@@ -220,6 +220,25 @@ def test_the_plain_files_are_fine(tmp_path, plain):
     assert tokenizer.decode(tokenizer.encode("the cat")) == "the cat"
     assert (tokenizer.bos_id, tokenizer.eos_ids) == (0, (1,))
     assert about_use(tokenizer) is None
+
+
+def test_dropout_is_for_training(tmp_path, plain):
+    """With it, the same text would be other tokens each time."""
+    files = copy.deepcopy(plain)
+    files["tokenizer.json"]["model"]["dropout"] = 0.5
+    for file, content in files.items():
+        (tmp_path / file).write_text(json.dumps(content))
+    tokenizer = load_tokenizer(tmp_path)
+    assert len({tuple(tokenizer.encode("the the the")) for _ in range(20)}) == 1
+
+
+def test_a_special_token_that_does_not_exist_is_found_at_once(tmp_path, plain):
+    files = copy.deepcopy(plain)
+    files["tokenizer.json"]["post_processor"]["special_tokens"] = {}
+    for file, content in files.items():
+        (tmp_path / file).write_text(json.dumps(content))
+    with pytest.raises(SsdJaxError, match=r"Expected a tokenizer in .*tokenizer.json"):
+        load_tokenizer(tmp_path)
 
 
 ENDLESS = (
