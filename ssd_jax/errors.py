@@ -11,10 +11,13 @@ MAX_MESSAGE = 1000
 
 
 class SsdJaxError(Exception):
-    """Base of all errors this package raises on purpose; what a file holds cannot make it long."""
+    """Base of all errors this package raises on purpose.
+
+    What a file holds can neither make the message long nor command the terminal.
+    """
 
     def __init__(self, message: str = "") -> None:
-        super().__init__(shortened(message, MAX_MESSAGE))
+        super().__init__(shortened(printable(message), MAX_MESSAGE))
 
 
 class ConfigError(SsdJaxError):
@@ -44,6 +47,13 @@ def shown(value: object, limit: int = 80) -> str:
         return shortened(short.repr(value), limit)
     except ValueError:  # a whole number with more digits than Python writes
         return f"a {type(value).__name__} too long to show"
+
+
+def printable(text: str) -> str:
+    """The text with an escape for each character that a terminal would obey rather than show."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def shortened(text: str, limit: int) -> str:

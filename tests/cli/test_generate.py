@@ -229,6 +229,7 @@ def test_interrupted_json_says_so(generate, expected, interrupted):
         (("x", "--template-arg", "k=v"), "add --chat"),
         (("x", "--template-arg", "=v"), "expected K=V"),
         (("x", "--colour"), "--colour"),
+        (("x", "--model", "no\n\x1b[2Jsuch"), "no\\n\\x1b[2Jsuch"),
         (("",), "The prompt is empty"),
         (("a" * 20000,), "16384"),
         (("the", "--max-tokens", "0"), "at least 1 or None, got 0"),
