@@ -176,6 +176,13 @@ def test_the_models_own_sampling_is_used_in_a_chat_told_and_overridden(run, make
     assert run("generate", *first, *shared, "--quiet").err == ""
 
 
+def test_a_converted_model_keeps_its_own_sampling(run, make_chat_model, tmp_path_factory):
+    converted = tmp_path_factory.mktemp("converted")
+    assert run("convert", make_chat_model({"temperature": 0.5}), converted).code == 0
+    outcome = run("generate", "--chat", "the cat", "-m", converted, "-n", 2)
+    assert outcome.err.startswith("sampling from generation_config.json: temperature 0.5 (")
+
+
 def test_malformed_recommendations_are_refused_where_they_are_used(run, make_chat_model):
     model = make_chat_model({"temperature": "hot"})
     outcome = run("generate", "--chat", "the", "-m", model, "-n", 2)
