@@ -17,7 +17,7 @@ class SsdJaxError(Exception):
     """
 
     def __init__(self, message: str = "") -> None:
-        super().__init__(shortened(message, MAX_MESSAGE))
+        super().__init__(shortened(printable(message), MAX_MESSAGE))
 
 
 class ConfigError(SsdJaxError):

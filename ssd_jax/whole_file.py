@@ -9,13 +9,16 @@ from ssd_jax.json_files import shown_path
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Put the content in a file, which is replaced in one go.
+    """Put the content in a file, which is replaced in one go; a link leads to its file.
 
     Raises:
-        ConfigError: the file cannot be written.
+        ConfigError: the file cannot be written, or is a device, a pipe or a folder.
     """
     temporary = None
     try:
+        path = Path(os.path.realpath(path))
+        if path.exists() and not path.is_file():  # it would be replaced, not written to
+            raise ConfigError(f"{shown_path(path)} is no regular file: name one that is, or none.")
         with tempfile.NamedTemporaryFile(
             dir=path.parent, prefix=f".{path.name}.", delete=False
         ) as file:

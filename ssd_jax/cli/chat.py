@@ -90,6 +90,7 @@ def _chat(args: argparse.Namespace) -> None:
         if answer.finish_reason == "length" and not args.quiet:
             note(_why_cut(len(answer.token_ids), bound, len(ids), context))
         if not answer.text:
+            note("no answer: the message is forgotten" if not go_on else "nothing more came")
             return conversation if go_on else conversation.without_last()
         is_cut = answer.finish_reason in ("length", "interrupted")
         return conversation.with_answer(answer.text, ids if is_cut else ())

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
-from ssd_jax.errors import SsdJaxError
+from ssd_jax.errors import SsdJaxError, shortened
 
 _BOOLEANS = {"1": True, "true": True, "yes": True, "on": True} | {
     "0": False,
@@ -25,7 +25,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise what argparse found wrong."""
-        raise UsageError(f"{message.rstrip('.')} (see `{self.prog} --help`).")
+        raise UsageError(f"{shortened(message.rstrip('.'), 400)} (see `{self.prog} --help`).")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,7 +98,7 @@ def _read(flag: Flag, text: str) -> object:
             return [_convert(flag.action, entry) for entry in _entries(text)]
         return _convert(flag.action, text)
     except (argparse.ArgumentTypeError, ValueError, TypeError) as error:
-        reason = str(error).rstrip(".")
+        reason = shortened(str(error).rstrip("."), 400)
         raise UsageError(f"environment variable {flag.variable}: {reason}.") from error
 
 

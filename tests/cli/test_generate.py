@@ -176,6 +176,13 @@ def test_the_models_own_sampling_is_used_in_a_chat_told_and_overridden(run, make
     assert run("generate", *first, *shared, "--quiet").err == ""
 
 
+def test_a_converted_model_keeps_its_own_sampling(run, make_chat_model, tmp_path_factory):
+    converted = tmp_path_factory.mktemp("converted")
+    assert run("convert", make_chat_model({"temperature": 0.5}), converted).code == 0
+    outcome = run("generate", "--chat", "the cat", "-m", converted, "-n", 2)
+    assert outcome.err.startswith("sampling from generation_config.json: temperature 0.5 (")
+
+
 def test_malformed_recommendations_are_refused_where_they_are_used(run, make_chat_model):
     model = make_chat_model({"temperature": "hot"})
     outcome = run("generate", "--chat", "the", "-m", model, "-n", 2)
@@ -229,6 +236,7 @@ def test_interrupted_json_says_so(generate, expected, interrupted):
         (("x", "--template-arg", "k=v"), "add --chat"),
         (("x", "--template-arg", "=v"), "expected K=V"),
         (("x", "--colour"), "--colour"),
+        (("x", "--model", "no\n\x1b[2Jsuch"), "no\\n\\x1b[2Jsuch"),
         (("",), "The prompt is empty"),
         (("a" * 20000,), "16384"),
         (("the", "--max-tokens", "0"), "at least 1 or None, got 0"),

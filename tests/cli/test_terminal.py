@@ -12,7 +12,6 @@ from pathlib import Path
 
 import jax
 import pytest
-from conftest import TEMPLATE
 
 ROOT = Path(__file__).parents[2]
 MAIN = """
@@ -29,11 +28,11 @@ ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
 @pytest.fixture
-def chat(tiny_checkpoint, tmp_path):
+def chat(tiny_checkpoint, chat_checkpoint, tmp_path):
     """`say(keys, until)` types into a running chat, and gives what is shown until then."""
     for file in tiny_checkpoint.iterdir():
         (tmp_path / file.name).symlink_to(file)
-    (tmp_path / "chat_template.jinja").write_text(TEMPLATE)
+    (tmp_path / "chat_template.jinja").symlink_to(chat_checkpoint / "chat_template.jinja")
     environment = {k: v for k, v in os.environ.items() if not k.startswith("SSD_JAX_")} | {
         "PYTHONPATH": str(ROOT),
         "JAX_PLATFORMS": "cpu",
@@ -54,7 +53,7 @@ def chat(tiny_checkpoint, tmp_path):
 
     def say(keys, until):
         os.write(ours, keys.encode())
-        shown, end = "", time.monotonic() + 30
+        shown, end = "", time.monotonic() + 60
         while not (until in shown + ESCAPES.sub("", shown) if until else len(shown) > 80):
             assert select.select([ours], [], [], end - time.monotonic())[0], shown
             with contextlib.suppress(OSError):  # the other end is closed
@@ -82,7 +81,6 @@ def test_pasting_interrupting_and_leaving(chat, tmp_path):
     assert "There is no command '/bla'" in say("/bla\r", PROMPT)
     say(UP, "/bla")
     say(CTRL_C, "\x1b[?25h")  # drawn anew
-    say(CTRL_C, "Ctrl-D or /exit leaves")
-    say("", PROMPT)
+    assert "Ctrl-D or /exit leaves" in say(CTRL_C, PROMPT)
     say(CTRL_D, "what never comes")
     assert process.wait(timeout=60) == 0
