@@ -235,7 +235,7 @@ def _describe_problems(folder: Path, problems: Mapping[str, Iterable[str]]) -> s
     for kind, keys in problems.items():
         keys = list(keys)
         more = f" and {len(keys) - _MAX_LISTED} more" if len(keys) > _MAX_LISTED else ""
-        listed = ", ".join(shortened(key, 60) for key in keys[:_MAX_LISTED])
+        listed = ", ".join(shortened(key, 80) for key in keys[:_MAX_LISTED])
         parts.append(f"{len(keys)} {kind}: {listed}{more}")
     return (
         f"Expected the tensors of {shown_path(folder)} to be those that its {CONFIG_FILE} "
