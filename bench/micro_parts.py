@@ -255,7 +255,7 @@ def _open(pair: Pair, fan_out: tuple[int, ...]) -> tuple[SSD, Run]:
     prompt = [0] * min(PROMPT_LEN, context - room)
     params = SamplingParams(max_tokens=room, ignore_eos=True)
     requests = make_requests(pair.target, [prompt], params)
-    batch = make_batch(pair.target, requests, DRAFT_LEN, pair.draft)
+    batch = make_batch(pair.target, requests, DRAFT_LEN, ssd)
     return ssd, begin(open_programs(pair.target, ssd), batch)
 
 

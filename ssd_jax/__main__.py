@@ -2,6 +2,6 @@
 
 import sys
 
-from ssd_jax.cli.main import main
+from ssd_jax.cli.entry import run
 
-sys.exit(main())
+sys.exit(run())

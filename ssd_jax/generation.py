@@ -141,7 +141,7 @@ def choose_method(
         if isinstance(speculation, Speculation):
             check_devices(model, speculation.draft)
     check_options(speculation.verification, [request.params for request in requests])
-    batch = make_batch(model, requests, speculation.longest_draft, speculation.draft)
+    batch = make_batch(model, requests, speculation.longest_draft, speculation)
     if isinstance(speculation, SSD):
         return speculative_speculative(model, speculation), batch
     return speculative(model, speculation), batch

@@ -5,10 +5,9 @@ import jax.numpy as jnp
 import psutil
 from jaxtyping import DTypeLike
 
-from ssd_jax.buckets import PREFILL_CHUNK
 from ssd_jax.config import ModelConfig
+from ssd_jax.containers import container_free_bytes
 from ssd_jax.errors import MemoryBudgetError
-from ssd_jax.kv_cache import cache_bytes
 
 
 def params_bytes(config: ModelConfig, dtype: DTypeLike, *, own_output: bool = False) -> int:
@@ -19,35 +18,33 @@ def params_bytes(config: ModelConfig, dtype: DTypeLike, *, own_output: bool = Fa
     return count * jnp.dtype(dtype).itemsize
 
 
-def batch_bytes(config: ModelConfig, batch_size: int, num_slots: int, dtype: DTypeLike) -> int:
-    """Bytes that decoding takes besides the weights: cache, options, largest activations."""
-    # Per row and vocabulary entry: bias and counts, prompt mask, and six float32 laws in flight.
-    options = batch_size * config.vocab_size * (4 + 4 + 1 + 6 * 4)
-    chunk = min(PREFILL_CHUNK, num_slots)
-    scores = 4 * 2 * batch_size * config.num_heads * chunk * num_slots
-    activations = 4 * batch_size * chunk * (4 * config.hidden_size + 3 * config.intermediate_size)
-    return cache_bytes(config, batch_size, num_slots, dtype) + options + scores + activations
-
-
 def available_bytes(device: jax.Device) -> int:
-    """Bytes that can still be allocated on a device (on a CPU: in the machine's memory)."""
+    """Bytes that can still be allocated on a device.
+
+    On a CPU: in the machine's memory, or in what the container leaves of it.
+    """
     stats = device.memory_stats() if device.platform != "cpu" else None
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"] - stats["bytes_in_use"]
-    return psutil.virtual_memory().available
+    free = psutil.virtual_memory().available
+    limit = container_free_bytes()
+    return free if limit is None else min(free, limit)
 
 
-def require_memory(what: str, needed: int, device: jax.Device, advice: str) -> None:
-    """Refuse something that does not fit.
+def require_memory(
+    what: str, needed: int, device: jax.Device, advice: str, parts: str | None = None
+) -> None:
+    """Refuse something that does not fit; `parts` says what it needs the memory for.
 
     Raises:
         MemoryBudgetError: `needed` bytes are more than the device has left; both figures are named.
     """
     available = available_bytes(device)
     if needed > available:
+        details = "" if parts is None else f" ({parts})"
         raise MemoryBudgetError(
-            f"{what} needs {format_bytes(needed)}, but only {format_bytes(available)} of memory is "
-            f"free on {device}: {advice}"
+            f"{what} needs {format_bytes(needed)}{details}, but only {format_bytes(available)} of "
+            f"memory is free on {device}: {advice}"
         )
 
 

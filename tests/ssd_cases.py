@@ -64,7 +64,7 @@ def begin(model: Model, options: SSD, prompts, params):
     """A decoding driven by hand: its method, its batch and its first state."""
     method = speculative_speculative(model, options)
     requests = make_requests(model, prompts, params)
-    batch = make_batch(model, requests, options.draft_len, options.draft)
+    batch = make_batch(model, requests, options.draft_len, options)
     return method, batch, method.prefill(batch)
 
 

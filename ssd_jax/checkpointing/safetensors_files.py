@@ -4,11 +4,14 @@ Files are memory-mapped by the safetensors library only while one tensor is read
 touched count as this process's memory until the file is closed.
 """
 
+import json
 import math
 import os
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp  # importing jax also teaches numpy the name bfloat16
 import numpy as np
@@ -20,6 +23,7 @@ from ssd_jax.json_files import is_file, read_json_object, shown_path
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 CONFIG_FILE = "config.json"
+_MAX_HEADER = 100_000_000  # the library refuses longer ones
 
 FLOAT_DTYPES = {
     "F32": np.dtype(np.float32),
@@ -113,6 +117,7 @@ def read_rows(tensor: SourceTensor, rows_per_block: int) -> Iterator[np.ndarray]
 
 def _read_header(path: Path) -> list[SourceTensor]:
     """The tensors that one file holds."""
+    _refuse_repeated_names(path)
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
             slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
@@ -124,6 +129,31 @@ def _read_header(path: Path) -> list[SourceTensor]:
             ]
     except (safetensors.SafetensorError, OSError) as error:
         raise _damaged(path, error) from error
+
+
+def _refuse_repeated_names(path: Path) -> None:
+    """Raise if the header names a tensor twice: the safetensors library would take the last one."""
+    repeated: list[str] = []
+
+    def collect(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        table = dict(pairs)
+        if len(table) < len(pairs):
+            counts = Counter(name for name, _ in pairs)
+            repeated.extend(name for name, count in counts.items() if count > 1)
+        return table
+
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            text = file.read(min(length, _MAX_HEADER))
+        json.loads(text, object_pairs_hook=collect)
+    except (OSError, ValueError, RecursionError):
+        return  # the library says what is wrong
+    if repeated:
+        raise CheckpointError(
+            f"Expected every tensor once in {shown_path(path)}, but its header has "
+            f"{shown(repeated[0])} twice; fetch that file again."
+        )
 
 
 def _shards(folder: Path) -> tuple[Path, ...]:

@@ -5,6 +5,7 @@ understood, said in one sentence; 130 interrupted; 141 the reader of the output 
 imported by the subcommand that runs, so that `--help` does not wait for it.
 """
 
+import contextlib
 import errno
 import importlib
 import importlib.metadata
@@ -37,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = _run(list(sys.argv[1:] if argv is None else argv))
         print(end="", flush=True)
     except SsdJaxError as error:
-        print(f"ssd-jax: error: {error}", file=sys.stderr)
+        _tell(str(error))
         return 2
     except KeyboardInterrupt:
         return 130
@@ -47,9 +48,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
         if error.errno == errno.EPIPE:
             return 141
-        print("ssd-jax: error: The output's disk is full; free some space.", file=sys.stderr)
+        _tell("The output's disk is full; free some space.")
         return 2
     return code
+
+
+def _tell(sentence: str) -> None:
+    """Say what went wrong on stderr, if somebody listens there."""
+    with contextlib.suppress(OSError):
+        print(f"ssd-jax: error: {sentence}", file=sys.stderr, flush=True)
 
 
 def _run(argv: list[str]) -> int:

@@ -10,10 +10,12 @@ import numpy as np
 from ssd_jax.buckets import bucket_batch, bucket_count, bucket_slots, prefill_chunks
 from ssd_jax.config import ModelConfig
 from ssd_jax.decoding.finish import Finish
+from ssd_jax.engine.memory_need import BatchShape, require_batch
+from ssd_jax.engine.speculation import Speculation
+from ssd_jax.engine.ssd_options import SSD
 from ssd_jax.errors import RequestError, shown
 from ssd_jax.field_checks import check
 from ssd_jax.jax_settings import check_jax_settings
-from ssd_jax.memory import batch_bytes, require_memory
 from ssd_jax.model import Model
 from ssd_jax.placement import home
 from ssd_jax.sampling_params import SamplingParams
@@ -135,15 +137,18 @@ def _special_stop_ids(tokenizer: Tokenizer, stops: Sequence[str]) -> tuple[int, 
 
 
 def make_batch(
-    model: Model, requests: Sequence[Request], draft_len: int = 0, draft: Model | None = None
+    model: Model,
+    requests: Sequence[Request],
+    draft_len: int = 0,
+    speculation: Speculation | SSD | None = None,
 ) -> Batch:
     """The requests as padded arrays on the host (options already on the model's devices).
 
     A pass over a draft writes up to `draft_len` slots past the text, which is room set aside here;
-    a draft model's cache counts in what has to fit the memory.
+    what `speculation` takes counts in what has to fit the memory.
 
     Raises:
-        MemoryBudgetError: the batch would not fit the device's memory.
+        MemoryBudgetError: the batch would not fit a device's memory.
     """
     config = model.config
     num_rows = bucket_batch(len(requests))
@@ -152,22 +157,14 @@ def make_batch(
     chunks = prefill_chunks(max(lengths) - 1)
     longest = max(*max_lengths, 1) + draft_len
     num_slots = bucket_slots(max(longest, *(start + size for start, size in chunks), 1))
-    needed = sum(
-        batch_bytes(one.config, num_rows, num_slots, one.params.embedding.dtype)
-        for one in (model, draft)
-        if one is not None
-    )
-    require_memory(
-        f"A batch of {num_rows} rows with {num_slots} tokens each",
-        needed,
-        jax.devices()[0],
-        "lower max_tokens, shorten the prompts, or send fewer at a time.",
-    )
+    asked = [r.params.logprobs for r in requests if r.params.logprobs is not None]
+    num_top_logprobs = min(bucket_count(max(asked)), config.vocab_size) if asked else None
+    shape = BatchShape(num_rows=num_rows, num_slots=num_slots, num_top_logprobs=num_top_logprobs)
+    require_batch(model, shape, speculation)
     padding = num_rows - len(requests)
     tokens = np.zeros((num_rows, num_slots), np.int32)
     for row, request in enumerate(requests):
         tokens[row, : lengths[row]] = request.prompt_ids
-    asked = [r.params.logprobs for r in requests if r.params.logprobs is not None]
     return Batch(
         requests=tuple(requests),
         sampling=_make_sampling(model, requests, num_rows, max_lengths),
@@ -175,7 +172,7 @@ def make_batch(
         lengths=np.array(lengths + [1] * padding, np.int32),
         finish=np.array([Finish.RUNNING] * len(requests) + [Finish.STOP] * padding, np.int32),
         chunks=tuple(chunks),
-        num_top_logprobs=min(bucket_count(max(asked)), config.vocab_size) if asked else None,
+        num_top_logprobs=num_top_logprobs,
         max_steps=max(end - start for end, start in zip(max_lengths, lengths, strict=True)),
     )
 

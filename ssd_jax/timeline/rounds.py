@@ -140,7 +140,7 @@ def record_rounds(
     check_pair(model, ssd.draft)
     requests = make_requests(model, prompts, dataclasses.replace(params, stop=()))
     check_options(ssd.verification, [request.params for request in requests])
-    batch = make_batch(model, requests, ssd.draft_len, ssd.draft)
+    batch = make_batch(model, requests, ssd.draft_len, ssd)
     programs = open_programs(model, ssd)
     with ThreadPoolExecutor(3) as watchers:
 

@@ -202,7 +202,7 @@ def _batch(model: Model, ssd: SSD, params: SamplingParams, batch_size: int) -> B
     requests = make_requests(
         model, [[0] * max(1, min(CONTEXT, context - room))] * batch_size, params
     )
-    return make_batch(model, requests, LONGEST_DRAFT, ssd.draft)
+    return make_batch(model, requests, LONGEST_DRAFT, ssd)
 
 
 def _prepare_chain(model: Model, ssd: SSD, batch: Batch) -> _Chain:
