@@ -13,6 +13,7 @@ from tokenizers import AddedToken
 from ssd_jax.errors import CheckpointError, RequestError, shortened, shown
 from ssd_jax.json_files import is_file, read_json_object, read_text, shown_path
 from ssd_jax.text.chat_template import render_chat
+from ssd_jax.text.template_process import TemplateProcess
 
 _TOKENIZER_CONFIG = "tokenizer_config.json"
 _SPECIAL_TOKENS = "special_tokens_map.json"
@@ -34,7 +35,7 @@ class Tokenizer:
 
     `special_tokens` are the names and texts that a chat template sees. `processor_adds_bos` says
     that tokenizer.json itself puts BOS in front, `config_adds_bos` that tokenizer_config.json asks
-    for it.
+    for it. `template_process` is where the template runs, started when it first does.
     """
 
     backend: tokenizers.Tokenizer = field(repr=False)
@@ -44,6 +45,7 @@ class Tokenizer:
     chat_template: str | None
     processor_adds_bos: bool
     config_adds_bos: bool
+    template_process: TemplateProcess = field(default_factory=TemplateProcess, repr=False)
 
     @property
     def vocab_size(self) -> int:
@@ -128,6 +130,7 @@ class Tokenizer:
             special_tokens=self.special_tokens,
             tools=tools,
             extra=extra,
+            process=self.template_process,
         )
         return self.encode(text, add_special_tokens=False)
 
