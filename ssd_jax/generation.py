@@ -55,7 +55,8 @@ class Completion:
 
     Attributes:
         text: the output without special tokens and without what ended it; empty without tokenizer.
-            Put behind the prompt's text, it is what prompt and output decode to.
+            Put behind the prompt's text, it is what prompt and output decode to, unless it was to
+            be a reply.
         token_ids: every emitted token, an EOS token included, up to the one that completed a stop
             string.
         finish_reason: "eos" (an EOS or stop id), "stop" (a stop string), "length", or "error": the
@@ -91,8 +92,13 @@ def generate(
     params: SamplingParams | Sequence[SamplingParams] = GREEDY,
     *,
     speculation: Speculation | SSD | None = None,
+    as_reply: bool = False,
 ) -> list[Completion]:
     """One completion for each prompt, in order; the prompts are decoded together as one batch.
+
+    A text continues its prompt's, so that it may begin with a space. With `as_reply` it is a text
+    by itself, as an answer in a chat is: tokenizers that write a space in front of every first
+    word, such as Llama 2's, then drop it.
 
     Exactness: a row's output depends on its own prompt, options and seed alone, not on the others.
     (One exception: n-gram kind "mod" drafts from a table that all rows share. Under verification
@@ -104,7 +110,7 @@ def generate(
     requests = make_requests(model, prompts, params)
     must_look = any(request.params.stop for request in requests)
     completions: list[Completion | None] = [None] * len(requests)
-    for delta in _run(model, requests, speculation, must_look=must_look):
+    for delta in _run(model, requests, speculation, must_look=must_look, as_reply=as_reply):
         if delta.completion is not None:
             completions[delta.row] = delta.completion
     return [completion for completion in completions if completion is not None]
@@ -116,13 +122,14 @@ def stream(
     params: SamplingParams | Sequence[SamplingParams] = GREEDY,
     *,
     speculation: Speculation | SSD | None = None,
+    as_reply: bool = False,
 ) -> Iterator[Delta]:
     """The outputs of `generate` piece by piece; a row's last piece carries its completion.
 
     Text never ends within a UTF-8 character or within what may still become a stop string.
     """
     requests = make_requests(model, prompts, params)
-    return _run(model, requests, speculation, must_look=True)
+    return _run(model, requests, speculation, must_look=True, as_reply=as_reply)
 
 
 def choose_method(
@@ -153,10 +160,15 @@ def _run(
     speculation: Speculation | SSD | None,
     *,
     must_look: bool,
+    as_reply: bool,
 ) -> Iterator[Delta]:
     """Decode the requests; where the host must look, after the first step and then every while."""
     method, batch = choose_method(model, requests, speculation)
-    rows = [_Row(model, index, request, speculation) for index, request in enumerate(requests)]
+    check("as_reply", as_reply, bool)
+    rows = [
+        _Row(model, index, request, speculation, as_reply=as_reply)
+        for index, request in enumerate(requests)
+    ]
     state = method.prefill(batch)
     num_steps = 1 if must_look else batch.max_steps
     while any(row.completion is None for row in rows):
@@ -197,7 +209,13 @@ class _Row:
     """What the host keeps for one request while it is decoded."""
 
     def __init__(
-        self, model: Model, index: int, request: Request, speculation: Speculation | SSD | None
+        self,
+        model: Model,
+        index: int,
+        request: Request,
+        speculation: Speculation | SSD | None,
+        *,
+        as_reply: bool,
     ) -> None:
         self.index = index
         self._speculation = speculation
@@ -209,7 +227,9 @@ class _Row:
         self._stream = None
         if model.tokenizer is not None:
             self._stream = TextStream(
-                model.tokenizer, prompt_ids=request.prompt_ids, stops=tuple(request.params.stop)
+                model.tokenizer,
+                prompt_ids=() if as_reply else request.prompt_ids,
+                stops=tuple(request.params.stop),
             )
 
     def advance(

@@ -209,19 +209,19 @@ def _make_sampling(
     def column(name: str, dtype: type) -> np.ndarray:
         return np.array([getattr(params, name) for params in options], dtype)
 
-    sampling = Sampling(
-        temperature=column("temperature", np.float32),
-        top_k=column("top_k", np.int32),
-        top_p=column("top_p", np.float32),
-        min_p=column("min_p", np.float32),
-        repetition_penalty=column("repetition_penalty", np.float32),
-        presence_penalty=column("presence_penalty", np.float32),
-        frequency_penalty=column("frequency_penalty", np.float32),
-        logit_bias=bias,
-        prompt_tokens=prompt_tokens,
-        seed=words,
-        eos_ids=eos,
-        max_length=np.array([*max_lengths, *[1] * padding], np.int32),
-    )
+    columns = {
+        "temperature": column("temperature", np.float32),
+        "top_k": column("top_k", np.int32),
+        "top_p": column("top_p", np.float32),
+        "min_p": column("min_p", np.float32),
+        "repetition_penalty": column("repetition_penalty", np.float32),
+        "presence_penalty": column("presence_penalty", np.float32),
+        "frequency_penalty": column("frequency_penalty", np.float32),
+        "logit_bias": bias,
+        "prompt_tokens": prompt_tokens,
+        "seed": words,
+        "eos_ids": eos,
+        "max_length": np.array([*max_lengths, *[1] * padding], np.int32),
+    }
     # Anywhere else, every dispatch would copy them to the devices of the weights.
-    return jax.device_put(sampling, home(model))
+    return Sampling(**jax.device_put(columns, home(model)))

@@ -1,19 +1,16 @@
 """Chat templates: messages to prompt text, in the dialect that Hugging Face checkpoints use."""
 
+import contextlib
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from ssd_jax.errors import RequestError, shortened, shown
+from ssd_jax.text.template_process import TemplateProcess
 
 MAX_SECONDS = 20
 MAX_CHARS = 2**24
 MAX_BYTES = 2**30
-_WORKER = Path(__file__).with_name("template_worker.py")
 
 
 def render_chat(
@@ -24,12 +21,14 @@ def render_chat(
     special_tokens: Mapping[str, Any],
     tools: Sequence[Mapping[str, Any]] | None = None,
     extra: Mapping[str, Any] | None = None,
+    process: TemplateProcess | None = None,
 ) -> str:
     """Prompt text of a conversation.
 
     The template is untrusted: it runs in jinja2's immutable sandbox, which keeps it from Python's
     internals and from changing the messages, in a process of its own, whose time, memory and text
-    are bounded: one filter can ask C code for gigabytes. That takes about a tenth of a second.
+    are bounded: one filter can ask C code for gigabytes. Starting that takes about a tenth of a
+    second; give a `process` to have it only once.
 
     `special_tokens` are the names and texts that the tokenizer's files give; without them
     bos_token and eos_token are empty. `extra` holds further variables, such as enable_thinking.
@@ -53,7 +52,12 @@ def render_chat(
             f"Expected extra chat template variables with names of their own, got {taken}; "
             "set those through their own options."
         )
-    answer = _run_worker(template, {**variables, **(extra or {})})
+    request = _as_request(template, {**variables, **(extra or {})})
+    if process is None:
+        with contextlib.closing(TemplateProcess()) as process:
+            answer = process.ask(request, MAX_SECONDS)
+    else:
+        answer = process.ask(request, MAX_SECONDS)
     if "text" in answer:
         return answer["text"]
     reason = shortened(answer["reason"], 300)
@@ -72,38 +76,15 @@ def render_chat(
     )
 
 
-def _run_worker(template: str, variables: Mapping[str, Any]) -> dict[str, str]:
-    """What `template_worker.py` answers."""
-    limits = {"max_chars": MAX_CHARS, "max_bytes": MAX_BYTES}
+def _as_request(template: str, variables: Mapping[str, Any]) -> str:
+    """The line that `template_worker.py` reads."""
+    limits = {"max_seconds": MAX_SECONDS, "max_chars": MAX_CHARS, "max_bytes": MAX_BYTES}
     try:
-        request = json.dumps(
-            {"template": template, "variables": variables, **limits}, default=_plain
-        )
+        return json.dumps({"template": template, "variables": variables, **limits}, default=_plain)
     except (TypeError, ValueError, RecursionError) as error:
         raise RequestError(
             "Expected messages, tools and variables that can be written as JSON, but that failed "
             f"({shortened(str(error), 200)}); send texts, numbers, lists and objects."
-        ) from error
-    path = os.pathsep.join(entry for entry in sys.path if entry)
-    try:
-        done = subprocess.run(
-            [sys.executable, "-P", str(_WORKER)],  # -P: else its folder could hide other modules
-            input=request.encode(),
-            capture_output=True,
-            env={**os.environ, "PYTHONPATH": path},
-            timeout=MAX_SECONDS,
-            check=True,
-        )
-        return json.loads(done.stdout)
-    except subprocess.TimeoutExpired:
-        return {"kind": "failed", "reason": f"it took more than {MAX_SECONDS} seconds"}
-    except subprocess.CalledProcessError as error:
-        last_line = error.stderr.decode(errors="replace").strip().rpartition("\n")[2]
-        return {"kind": "failed", "reason": last_line or f"its process ended: {error.returncode}"}
-    except OSError as error:
-        raise RequestError(
-            f"Expected to run {sys.executable} for the chat template, but that failed ({error}); "
-            "check this Python."
         ) from error
 
 

@@ -94,6 +94,9 @@ class _ByteLevelDecoder:
 
     def _token_bytes(self, token_id: int) -> bytes:
         """Bytes of one token; a token with a letter outside the byte alphabet is plain text."""
+        literal = self._tokenizer.literal_tokens.get(token_id)
+        if literal is not None:
+            return literal.encode("utf-8")
         token = self._tokenizer.id_to_token(token_id) or ""
         if all(letter in self._byte_of for letter in token):
             return bytes(self._byte_of[letter] for letter in token)

@@ -1,13 +1,20 @@
-"""The program that renders one chat template, in a process of its own (see `chat_template.py`).
+"""The program that renders chat templates, in a process of its own (see `template_process.py`).
 
-It reads a JSON object from stdin, {"template", "variables", "max_chars", "max_bytes"}, and writes
-one to stdout: {"text"}, or {"kind", "reason"} where kind is "syntax", "forbidden" or "failed".
+It reads JSON objects from stdin, one a line: {"template", "variables", "max_seconds", "max_chars",
+"max_bytes"}. For each it writes one to stdout: {"text"}, or {"kind", "reason"} where kind is
+"syntax", "forbidden" or "failed"; "ended" beside them says that it should be started anew. It ends
+with its stdin, or with its parent.
 """
 
 import contextlib
 import json
+import os
+import select
+import signal
 import sys
+from collections.abc import Iterator
 from datetime import datetime
+from pathlib import Path
 from typing import Any, NoReturn
 
 import jinja2
@@ -17,16 +24,68 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+try:
+    import resource
+except ImportError:  # not on every system
+    resource = None
+
+
+_MAX_GROWTH = 2**26  # bytes that a rendering may leave behind, of the room of the next
+_PATIENCE_S = 5  # between two looks for the parent, and for a parent to end what takes too long
+
 
 def main() -> None:
-    """Answer the request on stdin."""
-    request = json.load(sys.stdin)
-    with contextlib.suppress(ImportError, ValueError, OSError):  # where the system has such limits
-        import resource
+    """Answer the requests on stdin."""
+    for line in _lines():
+        sys.stdout.write(json.dumps(_limited_answer(line)) + "\n")
+        sys.stdout.flush()
 
-        resource.setrlimit(resource.RLIMIT_AS, (request["max_bytes"], request["max_bytes"]))
-    answer = _answer(request)
-    json.dump(answer, sys.stdout)
+
+def _lines() -> Iterator[bytes]:
+    """The requests, until stdin is closed or the parent is gone.
+
+    A fork of the parent may hold stdin open after it.
+    """
+    parent = os.getppid()
+    while True:
+        if os.name == "posix":
+            while not select.select([sys.stdin], [], [], _PATIENCE_S)[0]:
+                if os.getppid() != parent:
+                    return
+        line = sys.stdin.buffer.readline()
+        if not line.endswith(b"\n"):
+            return
+        yield line
+
+
+def _limited_answer(line: bytes) -> dict[str, Any]:
+    """The answer to a request, within its limits of memory and, should nobody kill us, time."""
+    before = _address_space()
+    try:
+        request = json.loads(line)
+        if hasattr(signal, "setitimer"):  # ends the process, within C code too
+            signal.setitimer(signal.ITIMER_REAL, request["max_seconds"] + _PATIENCE_S)
+        if resource is not None:
+            with contextlib.suppress(ValueError, OSError):  # a lower limit is in force
+                resource.setrlimit(resource.RLIMIT_AS, (request["max_bytes"],) * 2)
+        answer = _answer(request)
+    except MemoryError:
+        return {"kind": "failed", "reason": "it needs too much memory", "ended": True}
+    except RecursionError:
+        return {"kind": "failed", "reason": "it is nested too deeply", "ended": True}
+    if hasattr(signal, "setitimer"):
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    # Freed memory may stay with us in pieces: the next rendering shall have as much room.
+    return {**answer, "ended": _address_space() > before + _MAX_GROWTH}
+
+
+def _address_space() -> int:
+    """Bytes of this process that its limit counts; 0 if the system does not tell."""
+    try:
+        pages = Path("/proc/self/statm").read_text().split()[0]
+    except OSError:
+        return 0
+    return int(pages) * os.sysconf("SC_PAGE_SIZE")
 
 
 def _answer(request: dict[str, Any]) -> dict[str, str]:

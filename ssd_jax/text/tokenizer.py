@@ -14,6 +14,7 @@ from tokenizers import AddedToken
 from ssd_jax.errors import CheckpointError, RequestError, shortened, shown
 from ssd_jax.json_files import is_file, read_json_object, read_text, shown_path
 from ssd_jax.text.chat_template import render_chat
+from ssd_jax.text.template_process import TemplateProcess
 
 _TOKENIZER_CONFIG = "tokenizer_config.json"
 _SPECIAL_TOKENS = "special_tokens_map.json"
@@ -36,6 +37,8 @@ class Tokenizer:
     `special_tokens` are the names and texts that a chat template sees. `processor_adds_bos` says
     that tokenizer.json itself puts BOS in front, `config_adds_bos` that tokenizer_config.json asks
     for it. `generation_config` is what generation_config.json holds, for `recommended_sampling`.
+    `template_process` is where the template runs, started when it first does.
+    `literal_tokens` are tokens that `decode` writes as they are instead of reading their bytes.
     """
 
     backend: tokenizers.Tokenizer = field(repr=False)
@@ -46,6 +49,28 @@ class Tokenizer:
     processor_adds_bos: bool
     config_adds_bos: bool
     generation_config: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    template_process: TemplateProcess = field(default_factory=TemplateProcess, repr=False)
+    literal_tokens: Mapping[int, str] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "literal_tokens", self._literal_tokens())
+
+    def _literal_tokens(self) -> dict[int, str]:
+        """Added tokens of a byte-level tokenizer that stand for their own text, by id.
+
+        They are found in the text as it is written, never by their bytes. The library decodes them
+        as bytes all the same where each letter could stand for one: "<Größe>" came out as
+        "<Gr\ufffd\ufffde>". llama.cpp writes them as they are, as we do. A token that is listed as
+        added but is the model's own as well stays bytes: the model may mean a part of a character.
+        """
+        if not set(self.decoder_kinds()) <= {"ByteLevel", "Fuse"}:
+            return {}
+        added = self.backend.get_added_tokens_decoder()
+        return {
+            token_id: token.content
+            for token_id, token in added.items()
+            if not token.content.isascii() and self.backend.model.token_to_id(token.content) is None
+        }
 
     @property
     def vocab_size(self) -> int:
@@ -138,12 +163,20 @@ class Tokenizer:
             special_tokens=self.special_tokens,
             tools=tools,
             extra=extra,
+            process=self.template_process,
         )
         return self.encode(text, add_special_tokens=False)
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of the ids; ids that the tokenizer does not know give no text."""
-        return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        skipped = self.special_ids() if skip_special_tokens and self.literal_tokens else ()
+        texts = []
+        for is_literal, run in itertools.groupby(ids, self.literal_tokens.__contains__):
+            if is_literal:
+                texts += [self.literal_tokens[i] for i in run if i not in skipped]
+            else:
+                texts.append(self.backend.decode([*run], skip_special_tokens=skip_special_tokens))
+        return "".join(texts)
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:

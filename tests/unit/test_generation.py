@@ -370,3 +370,31 @@ def test_the_host_looks_twenty_times_a_second_within_bounds(steps, seconds):
     if FEWEST_STEPS < chosen < MOST_STEPS:
         step_s = seconds / steps
         assert abs(chosen * step_s - SECONDS_BETWEEN_LOOKS) <= step_s * 1.001
+
+
+def spaced_tokenizer():
+    """Every token is a word that a space goes in front of, as SentencePiece writes first words."""
+    words = [f"\u2581{letter}{other}" for letter in "abcdefgh" for other in "abcdefgh"]
+    backend = tokenizers.Tokenizer(
+        tokenizers.models.BPE(vocab={word: index for index, word in enumerate(words)}, merges=[])
+    )
+    backend.decoder = tokenizers.decoders.Metaspace(prepend_scheme="first")
+    return dataclasses.replace(tiny_tokenizer(), backend=backend)
+
+
+def test_a_reply_is_a_text_by_itself_and_a_completion_goes_on(bare):
+    model = dataclasses.replace(bare, tokenizer=spaced_tokenizer())
+    options = SamplingParams(max_tokens=4, seed=0)
+    completion = only(generate(model, [PROMPT], options))
+    reply = only(generate(model, [PROMPT], options, as_reply=True))
+    assert reply.token_ids == completion.token_ids
+    alone = model.tokenizer.decode(reply.token_ids)
+    assert not alone.startswith(" ")
+    assert (reply.text, completion.text) == (alone, " " + alone)
+    pieces = [delta.text for delta in stream(model, [PROMPT], options, as_reply=True)]
+    assert "".join(pieces) == reply.text
+    stopped = dataclasses.replace(options, stop=alone[:2])
+    assert only(generate(model, [PROMPT], stopped, as_reply=True)).text == ""
+    assert only(generate(model, [PROMPT], stopped)).text == " "
+    with pytest.raises(RequestError, match="as_reply must be True or False"):
+        generate(model, [PROMPT], options, as_reply="yes")  # type: ignore[arg-type]

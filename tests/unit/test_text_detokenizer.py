@@ -256,3 +256,32 @@ def test_a_decoder_that_rewrites_its_text_is_refused(tmp_path):
     backend.decoder = decoders.CTC()
     with pytest.raises(CheckpointError, match="CTC"):
         Detokenizer(load(backend, tmp_path))
+
+
+def test_added_tokens_are_read_as_they_are_written(tmp_path):
+    """Each letter of these stands for a byte in the byte-level alphabet, as in "Ġword"."""
+    backend = byte_level("plain")
+    backend.add_tokens([AddedToken(text) for text in ("<Größe>", "đem", "éé", "Ġzz")])
+    backend.add_special_tokens(["<ende für alle>", "<schluß>"])
+    tokenizer = load(backend, tmp_path)
+    text = "日a <Größe> đeméé Ġzz<ende für alle> <schluß>b"
+    ids = tokenizer.encode(text)
+    assert tokenizer.token_to_id("<Größe>") in ids
+    assert tokenizer.decode(ids, skip_special_tokens=False) == text
+    without = text.replace("<ende für alle>", "").replace("<schluß>", "")
+    assert tokenizer.decode(ids) == without
+    for skip, expected in ((False, text), (True, without)):
+        detokenizer = Detokenizer(tokenizer, skip_special_tokens=skip)
+        pushed = "".join(detokenizer.push([token_id]) for token_id in ids)
+        assert pushed + detokenizer.flush() == expected
+
+
+def test_an_added_token_does_not_complete_the_character_before_it(tmp_path):
+    backend = byte_level("plain")
+    backend.add_tokens([AddedToken("©©")])
+    tokenizer = load(backend, tmp_path)
+    half = tokenizer.token_to_id("Ã")  # the byte C3; the sign could stand for A9
+    ids = [half, tokenizer.token_to_id("©©")]
+    assert tokenizer.decode(ids) == "\ufffd©©"
+    detokenizer = Detokenizer(tokenizer)
+    assert detokenizer.push(ids) + detokenizer.flush() == "\ufffd©©"
