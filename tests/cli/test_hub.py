@@ -146,6 +146,13 @@ def test_a_refusal_of_the_hub(hub, status, code, words):
     assert words in refused(NAME)
 
 
+def test_a_gated_model_shows_its_names_and_not_its_files(hub):
+    hub.files_are_gated = True
+    message = refused(NAME)
+    assert f"ask for it at {hub.url}/{NAME}" in message
+    assert "HF_TOKEN" in message
+
+
 def test_a_private_model_needs_the_token(hub, monkeypatch):
     hub.private_token = "hf_secret"
     assert "set HF_TOKEN if it is private" in refused(NAME)
