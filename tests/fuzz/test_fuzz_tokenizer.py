@@ -351,7 +351,6 @@ def render_odd(numbers, monkeypatch):
         except Exception as error:
             raise AssertionError(f"case {number}: {template}") from error
         assert text is None or len(text) <= chat_template.MAX_CHARS
-        assert text is None or "<class" not in text, f"case {number}: {template}"
 
 
 def test_odd_templates_are_rendered_or_refused(monkeypatch):
