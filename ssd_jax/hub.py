@@ -44,7 +44,7 @@ def model_folder(name: str | Path, *, quiet: bool = False) -> Path:
         CheckpointError: it is neither, or it cannot be fetched or is not safetensors.
         ConfigError: the model on the hub is not supported.
     """
-    text = str(name)
+    text = os.path.expanduser(str(name))  # a shell leaves the tilde of --model=~/folder alone
     if text and os.path.isdir(text):
         return Path(text)
     if is_file(Path(text)):

@@ -24,6 +24,7 @@ class Hub:
     cut_at: dict[str, int] = dataclasses.field(default_factory=dict)
     stalled: dict[str, threading.Event] = dataclasses.field(default_factory=dict)
     private_token: str | None = None
+    files_are_gated: bool = False
     asked: list[str] = dataclasses.field(default_factory=list)
     url: str = ""
 
@@ -96,6 +97,8 @@ class _Handler(BaseHTTPRequestHandler):
             siblings = [{"rfilename": name} for name in files]
             account = {"id": repo, "sha": COMMIT, "siblings": siblings, "private": False}
             return self._send(200, json.dumps(account).encode())
+        if self.hub.files_are_gated:
+            return self._send(403, b"", {"X-Error-Code": "GatedRepo"})
         name = "/".join(rest[2:])
         if name not in files:
             return self._send(404, b"", {"X-Error-Code": "EntryNotFound"})

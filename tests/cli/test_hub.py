@@ -103,6 +103,16 @@ def test_a_folder_of_that_name_wins_without_network(hub, tmp_path):
     assert hub.asked == []
 
 
+def test_a_folder_needs_neither_the_hub_nor_its_library(tmp_path):
+    code = "import sys; from ssd_jax.hub import model_folder; print(model_folder('~/here')); "
+    code += "sys.exit('huggingface_hub' in sys.modules)"
+    (tmp_path / "here").mkdir()
+    environment = {**os.environ, "HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.decode().strip() == str(tmp_path / "here")
+
+
 @pytest.mark.parametrize(
     "name", ["nowhere", "./some-one/tiny", "../tiny", "/some-one/tiny", "a/b/c", "", "a" * 5000,
              "some-one/", "some-one/ti ny", "~/tiny", "some-one/tiny@", "\0", "\udc80/x"]
@@ -144,6 +154,13 @@ def test_an_unknown_model(hub):
 def test_a_refusal_of_the_hub(hub, status, code, words):
     hub.refusals[NAME] = (status, code)
     assert words in refused(NAME)
+
+
+def test_a_gated_model_shows_its_names_and_not_its_files(hub):
+    hub.files_are_gated = True
+    message = refused(NAME)
+    assert f"ask for it at {hub.url}/{NAME}" in message
+    assert "HF_TOKEN" in message
 
 
 def test_a_private_model_needs_the_token(hub, monkeypatch):

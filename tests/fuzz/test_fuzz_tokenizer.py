@@ -9,6 +9,7 @@ import math
 import random
 import shutil
 
+import jinja2
 import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors
@@ -307,3 +308,55 @@ def test_every_template_that_means_harm_is_refused(template, monkeypatch):
     monkeypatch.setattr(chat_template, "MAX_SECONDS", 5)
     text = render(template)
     assert text is None or (len(text) < 10**6 and "root:" not in text and "<class" not in text)
+
+
+CHATML = (
+    "{%- for message in messages %}{%- if loop.first and message['role'] != 'system' %}"
+    "{{- '<|im_start|>system\\nYou help.<|im_end|>\\n' }}{%- endif %}"
+    "{{- '<|im_start|>' + message.role + '\\n' + message['content']|trim + '<|im_end|>\\n' }}"
+    "{%- endfor %}{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
+)
+FILTERS = tuple(sorted(jinja2.defaults.DEFAULT_FILTERS))
+SUBJECTS = ("messages", "'x'", "messages[0]", "messages[0].content", "none", "10**400", "range(9)",
+            "{'a': [1]}", "bos_token", "loop", "cycler", "namespace", "1e308 * 10")  # fmt: skip
+ARGUMENTS = ("", "10**9", "-1", "'x' * 9999", "none", "messages", "true, 10**9", "1, 2, 3, 4, 5",
+             "attribute='__class__'", "'__class__'", "**{'a': 1}", "*messages", "0")  # fmt: skip
+
+
+def odd_template(number):
+    """A template of one case: a real one with a piece moved, or filters with odd arguments."""
+    chance = random.Random(number)
+    if chance.random() < 0.4:
+        text = chance.choice((TEMPLATE, CHATML))
+        for _ in range(chance.choice((1, 2, 3))):
+            start, end = sorted(chance.randrange(len(text) + 1) for _ in range(2))
+            piece = text[start : min(end, start + 30)]
+            rest = text[:start] + text[start + len(piece) :]
+            at = chance.randrange(len(rest) + 1)
+            text = chance.choice((rest, rest[:at] + piece + rest[at:], text[:at] + piece * 50))
+        return text
+    filters = "".join(
+        f"|{chance.choice(FILTERS)}({chance.choice(ARGUMENTS)})"
+        for _ in range(chance.choice((1, 2)))
+    )
+    return "{{ " + chance.choice(SUBJECTS) + filters + " }}"
+
+
+def render_odd(numbers, monkeypatch):
+    monkeypatch.setattr(chat_template, "MAX_SECONDS", 4)
+    for number in numbers:
+        template = odd_template(number)
+        try:
+            text = render(template)
+        except Exception as error:
+            raise AssertionError(f"case {number}: {template}") from error
+        assert text is None or len(text) <= chat_template.MAX_CHARS
+
+
+def test_odd_templates_are_rendered_or_refused(monkeypatch):
+    render_odd(range(12), monkeypatch)
+
+
+@pytest.mark.slow
+def test_a_thousand_odd_templates_are_rendered_or_refused(monkeypatch):
+    render_odd(range(1000, 2000), monkeypatch)
