@@ -15,6 +15,7 @@ import pytest
 from ssd_jax.cli import answer, bench, convert, doctor, session, speculation, timeline
 from ssd_jax.cli.main import main
 from ssd_jax.engine.batch import make_requests
+from ssd_jax.engine.speculation import RoundTimes
 from ssd_jax.errors import RequestError
 from ssd_jax.generation import Completion, Delta, choose_method
 from ssd_jax.model import demo_folder, load_model
@@ -104,6 +105,8 @@ LINES = (
 def quick(monkeypatch, tmp_path):
     """Nothing is measured, decoded, converted or rendered, and no file leaves the test's folder."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
     load = functools.cache(load_model)
 
     def render(template, messages, *, extra=None, **options):
@@ -127,6 +130,10 @@ def quick(monkeypatch, tmp_path):
         )
         yield Delta(row=0, text="text", token_ids=(65, 66), completion=completion)
 
+    def measured(model, speculation, params):
+        row = (1e-3,) * (speculation.longest_draft + 1)
+        return RoundTimes(seconds=(row,) * len(speculation.names))
+
     def not_here(*arguments, **options):
         raise RequestError("This is not done in this test.")
 
@@ -138,7 +145,7 @@ def quick(monkeypatch, tmp_path):
     monkeypatch.setattr(session, "can_split_cpu", lambda: False)
     monkeypatch.setattr(tokenizer, "render_chat", render)
     monkeypatch.setattr(answer, "stream_answer", decode)
-    monkeypatch.setattr(speculation, "measure_round_times", lambda *arguments: None)
+    monkeypatch.setattr(speculation, "measure_round_times", measured)
     monkeypatch.setattr(
         speculation, "measure_pass_times", lambda *arguments: dict.fromkeys(range(66), 0.001)
     )
