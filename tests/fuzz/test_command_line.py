@@ -11,6 +11,7 @@ import io
 import random
 
 import pytest
+from huggingface_hub import constants
 
 from ssd_jax.cli import answer, bench, convert, doctor, session, speculation, timeline
 from ssd_jax.cli.main import main
@@ -103,8 +104,10 @@ LINES = (
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch, tmp_path):
-    """Nothing is measured, decoded, converted or rendered, and no file leaves the test's folder."""
+    """Nothing is measured, decoded, converted, rendered or fetched; files stay in its folder."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)  # "no/such" is a name on the hub
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
     load = functools.cache(load_model)
