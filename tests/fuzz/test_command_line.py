@@ -250,6 +250,21 @@ def test_the_command_lines_before_the_changes_end_well(tmp_path):
         assert complaint(argv, {}, b"hi\n/help\n") is None
 
 
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["tune", "--out", "x/" * 3000],
+        ["tune", "--out", "x" * 5000],
+        ["inspect", "9" * 5000],
+        ["inspect", MODEL, "\n"],
+        ["generate", "x", "-m", "\n"],
+        ["generate", "x", "--seed", "x" * 5000],
+    ],
+)
+def test_command_lines_that_once_ended_badly(argv):
+    assert complaint(argv, {}, b"") is None
+
+
 def test_changed_command_lines():
     assert complaints(seed=0, number=400) == []
 
