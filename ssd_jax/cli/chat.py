@@ -126,7 +126,7 @@ def converse(
         except SsdJaxError as error:
             if not interactive:
                 raise
-            print(error, file=sys.stderr)
+            note(str(error), dim=False)
         except KeyboardInterrupt:  # before or after an answer
             if not interactive:
                 raise

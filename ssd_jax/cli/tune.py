@@ -15,6 +15,7 @@ from ssd_jax.cli.flags import (
 )
 from ssd_jax.cli.parser import whole_number
 from ssd_jax.errors import RequestError
+from ssd_jax.json_files import shown_path
 from ssd_jax.text.prompt_file import read_prompts
 
 if TYPE_CHECKING:
@@ -78,8 +79,8 @@ def run_tune(args: argparse.Namespace) -> None:
         SsdJaxError: the models, the prompts or the file cannot be used.
     """
     out = Path(args.out)
-    if not out.parent.is_dir():
-        raise RequestError(f"--out should be in a folder that exists, got {out}.")
+    if not os.path.isdir(out.parent):  # Path.is_dir raises for a name that is too long
+        raise RequestError(f"--out should be in a folder that exists, got {shown_path(out)}.")
     if args.batch_size < 1:
         raise RequestError(f"--batch-size should be 1 or more, got {args.batch_size}.")
     prompts = PROMPTS if args.prompts is None else read_prompts(Path(args.prompts))

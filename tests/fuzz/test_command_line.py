@@ -11,10 +11,12 @@ import io
 import random
 
 import pytest
+from huggingface_hub import constants
 
 from ssd_jax.cli import answer, bench, convert, doctor, session, speculation, timeline
 from ssd_jax.cli.main import main
 from ssd_jax.engine.batch import make_requests
+from ssd_jax.engine.speculation import RoundTimes
 from ssd_jax.errors import RequestError
 from ssd_jax.generation import Completion, Delta, choose_method
 from ssd_jax.model import demo_folder, load_model
@@ -46,7 +48,17 @@ SEEDS = (
     ["generate", "x", "--tuned", "no.toml", "--timeline", "rounds.png", "--miss-weight", "0.5"],
     ["chat", "-n", "5", "--quiet", "--no-generation-config", "--repetition-penalty", "1.1"],
     ["chat", "--model", MODEL, "--no-stream", "--min-p", "0.1", "--presence-penalty", "0.5"],
-    ["tune", "--out", "tuned.toml", "--batch-size", "2", "--prompts", "no.jsonl", "-n", "4"],
+    [
+        "tune",
+        "--out",
+        "tuned.toml",
+        "--batch-size",
+        "2",
+        "--prompts",
+        "no.jsonl",
+        "--max-tokens",
+        "4",
+    ],
     ["bench", "run", "--out", "x.json"],
     ["convert", MODEL, "converted", "--dtype", "bfloat16", "--overwrite"],
     ["inspect", MODEL],
@@ -92,8 +104,12 @@ LINES = (
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch, tmp_path):
-    """Nothing is measured, decoded, converted or rendered, and no file leaves the test's folder."""
+    """Nothing is measured, decoded, converted, rendered or fetched; files stay in its folder."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)  # "no/such" is a name on the hub
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
     load = functools.cache(load_model)
 
     def render(template, messages, *, extra=None, **options):
@@ -117,6 +133,10 @@ def quick(monkeypatch, tmp_path):
         )
         yield Delta(row=0, text="text", token_ids=(65, 66), completion=completion)
 
+    def measured(model, speculation, params):
+        row = (1e-3,) * (speculation.longest_draft + 1)
+        return RoundTimes(seconds=(row,) * len(speculation.names))
+
     def not_here(*arguments, **options):
         raise RequestError("This is not done in this test.")
 
@@ -128,7 +148,7 @@ def quick(monkeypatch, tmp_path):
     monkeypatch.setattr(session, "can_split_cpu", lambda: False)
     monkeypatch.setattr(tokenizer, "render_chat", render)
     monkeypatch.setattr(answer, "stream_answer", decode)
-    monkeypatch.setattr(speculation, "measure_round_times", lambda *arguments: None)
+    monkeypatch.setattr(speculation, "measure_round_times", measured)
     monkeypatch.setattr(
         speculation, "measure_pass_times", lambda *arguments: dict.fromkeys(range(66), 0.001)
     )
@@ -228,6 +248,21 @@ def complaints(seed, number):
 def test_the_command_lines_before_the_changes_end_well(tmp_path):
     for argv in SEEDS:
         assert complaint(argv, {}, b"hi\n/help\n") is None
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["tune", "--out", "x/" * 3000],
+        ["tune", "--out", "x" * 5000],
+        ["inspect", "9" * 5000],
+        ["inspect", MODEL, "\n"],
+        ["generate", "x", "-m", "\n"],
+        ["generate", "x", "--seed", "x" * 5000],
+    ],
+)
+def test_command_lines_that_once_ended_badly(argv):
+    assert complaint(argv, {}, b"") is None
 
 
 def test_changed_command_lines():
