@@ -85,6 +85,8 @@ def shuffle(random, raw, others):
     """Entries of a manifest in other places, or another manifest's."""
     other = json.loads((random.choice(others) / MANIFEST).read_bytes())
     files, leaves = raw["params_files"], raw["leaves"]
+    if not files:  # taken away the first time
+        return
     first, second = random.sample(range(len(leaves)), 2)
     match random.randrange(7):
         case 0:
