@@ -5,8 +5,8 @@ wait for JAX.
 """
 
 import importlib
-from typing import TYPE_CHECKING
 
+TYPE_CHECKING = False  # as type checkers read that name; `typing` takes longer than all else here
 if TYPE_CHECKING:
     from ssd_jax.config import ModelConfig as ModelConfig
     from ssd_jax.cpu_clients import split_cpu as split_cpu

@@ -40,7 +40,7 @@ from ssd_jax.checkpointing.partial_folder import (
     write_synced,
 )
 from ssd_jax.checkpointing.safetensors_files import checkpoint_files
-from ssd_jax.errors import CheckpointError, shortened
+from ssd_jax.errors import CheckpointError, shortened, shown
 from ssd_jax.json_files import shown_path
 
 # Called with what is being done, the bytes done and the bytes to do.
@@ -69,6 +69,10 @@ def convert(
             writable, a full disk.
         ConfigError: an unsupported model.
     """
+    if "\0" in str(destination):
+        raise CheckpointError(
+            f"Expected a path as destination, got {shown(str(destination))}; choose another one."
+        )
     destination = Path(os.path.realpath(destination))
     report = progress or _ignore_progress
     try:

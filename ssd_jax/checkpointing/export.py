@@ -13,9 +13,11 @@ import safetensors.numpy
 
 from ssd_jax.checkpointing.hf_names import leaf_specs
 from ssd_jax.checkpointing.leaves import leaves_of, weight_dtype
+from ssd_jax.checkpointing.partial_folder import partial_folder, write_synced
 from ssd_jax.checkpointing.safetensors_files import CONFIG_FILE, SINGLE_FILE
 from ssd_jax.config import ModelConfig, RopeScaling, model_config_from_hf
-from ssd_jax.errors import CheckpointError, ConfigError
+from ssd_jax.errors import CheckpointError, ConfigError, shortened
+from ssd_jax.json_files import shown_path
 from ssd_jax.types import ModelParams
 
 _ARCHITECTURES = {
@@ -32,10 +34,11 @@ def export_hf(
     *,
     extra_config: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write config.json and model.safetensors into a folder, each complete or not at all.
+    """Write config.json and model.safetensors into a folder, both at once or not at all.
 
-    Other files of the folder, such as the tokenizer's, stay. `extra_config` adds fields that are
-    not about the maths, such as `bos_token_id` and `eos_token_id`.
+    Other files of the folder, such as the tokenizer's, stay: a new folder with links to them takes
+    its place (see `partial_folder`). `extra_config` adds fields that are not about the maths, such
+    as `bos_token_id` and `eos_token_id`.
 
     Memory: the weights once more.
 
@@ -45,24 +48,42 @@ def export_hf(
     dtype = weight_dtype(params.embedding.dtype)
     raw_config = {**(extra_config or {}), **hf_config(config, dtype)}
     tensors = hf_tensors(config, params)
-    unfinished = {name: folder / f".{name}.partial" for name in (SINGLE_FILE, CONFIG_FILE)}
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        safetensors.numpy.save_file(tensors, unfinished[SINGLE_FILE], metadata={"format": "pt"})
-        text = json.dumps(raw_config, indent=2, sort_keys=True) + "\n"
-        unfinished[CONFIG_FILE].write_text(text, encoding="utf-8")
-        # safetensors makes its file readable by the owner alone; the user's umask should decide.
-        shutil.copymode(unfinished[CONFIG_FILE], unfinished[SINGLE_FILE])
-        for name, path in unfinished.items():
-            os.replace(path, folder / name)
+        destination = Path(os.path.realpath(folder))
+        with partial_folder(destination) as partial:
+            if destination.is_dir():
+                _link_others(destination, partial)
+            write_synced(
+                partial / CONFIG_FILE, json.dumps(raw_config, indent=2, sort_keys=True) + "\n"
+            )
+            safetensors.numpy.save_file(tensors, partial / SINGLE_FILE, metadata={"format": "pt"})
+            # safetensors makes its file readable by the owner alone; the umask should decide.
+            shutil.copymode(partial / CONFIG_FILE, partial / SINGLE_FILE)
     except (OSError, safetensors.SafetensorError) as error:
         raise CheckpointError(
-            f"Expected to write a checkpoint to {folder}, but that failed ({error}); "
+            f"Expected to write a checkpoint to {shown_path(folder)}, but that failed "
+            f"({shortened(str(error), 200)}); "
             "check that the folder is writable and the disk not full."
         ) from error
-    finally:
-        for path in unfinished.values():
-            path.unlink(missing_ok=True)
+
+
+def _link_others(folder: Path, partial: Path) -> None:
+    """What the folder holds beside the two files, under the same names in the new one."""
+
+    def link(source: str, target: str) -> str:
+        try:
+            os.link(source, target, follow_symlinks=False)
+        except OSError:  # a file system without links
+            shutil.copy2(source, target, follow_symlinks=False)
+        return target
+
+    for entry in folder.iterdir():
+        if entry.name in (CONFIG_FILE, SINGLE_FILE):
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.copytree(entry, partial / entry.name, symlinks=True, copy_function=link)
+        else:
+            link(str(entry), str(partial / entry.name))
 
 
 def hf_tensors(config: ModelConfig, params: ModelParams) -> dict[str, np.ndarray]:

@@ -37,7 +37,7 @@ from ssd_jax.json_files import read_json_object, shown_path
 from ssd_jax.types import ModelParams
 
 _BLOCK_BYTES = 2**20
-_MAX_LISTED = 3
+_MAX_LISTED = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,16 +1,17 @@
 """Where the process of the command line begins and ends, whatever state it is started in.
 
-Only the standard library is imported here, so that Ctrl-C is safe from the first moment on that is
-ours: importing JAX takes seconds, and its extensions do not expect a KeyboardInterrupt.
+Only what Python has loaded anyway is imported here, so that Ctrl-C is safe from the first moment on
+that is ours: importing JAX takes seconds, and its extensions do not expect a KeyboardInterrupt.
 """
 
-import contextlib
-import functools
 import os
 import signal
 import sys
-from types import FrameType
-from typing import NoReturn
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from types import FrameType
+    from typing import NoReturn
 
 INTERRUPTED = 130
 _IMPORTING = "<frozen importlib._bootstrap"
@@ -69,7 +70,7 @@ def catch_interrupts() -> bool:
     return True
 
 
-def _interrupt(number: int, frame: FrameType | None) -> None:
+def _interrupt(number: int, frame: "FrameType | None") -> None:
     """Raise KeyboardInterrupt; leave at once in the middle of an import, which might swallow it."""
     while frame is not None:
         if frame.f_code.co_filename.startswith(_IMPORTING):
@@ -78,7 +79,7 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def _leave(number: int = 0, frame: FrameType | None = None) -> NoReturn:
+def _leave(number: int = 0, frame: "FrameType | None" = None) -> "NoReturn":
     os._exit(INTERRUPTED)
 
 
@@ -95,9 +96,10 @@ def _open_closed_streams() -> None:
         try:
             os.fstat(number)
         except OSError:
-            with contextlib.suppress(OSError):
-                os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, this one
-    null = functools.partial(open, os.devnull, encoding="utf-8")
-    sys.stdin = sys.stdin or null()
-    sys.stdout = sys.stdout or null(mode="w")
-    sys.stderr = sys.stderr or null(mode="w")
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, this one
+    if sys.stdin is None:
+        sys.stdin = os.fdopen(0, encoding="utf-8", closefd=False)
+    if sys.stdout is None:
+        sys.stdout = os.fdopen(1, "w", encoding="utf-8", closefd=False)
+    if sys.stderr is None:
+        sys.stderr = os.fdopen(2, "w", encoding="utf-8", closefd=False)

@@ -127,7 +127,7 @@ def test_an_interrupt_while_starting_is_quiet(start_long, seconds):
 @pytest.mark.slow
 def test_an_interrupt_at_any_moment_is_quiet(start_long):
     moments = random.Random(0)
-    for _ in range(60):
+    for _ in range(40):
         check_interrupt(start_long, moments.uniform(0, 8))
 
 

@@ -28,7 +28,7 @@ FREE = ("source_config", "tool", "created", "source_files", "tokenizer_files")
 def folders(tmp_path_factory):
     """Converted folders of several parts each, and what they hold."""
     root = tmp_path_factory.mktemp("converted")
-    before, orbax_io.PART_BYTES = orbax_io.PART_BYTES, 80_000
+    before, orbax_io.PART_BYTES = orbax_io.PART_BYTES, 60_000
     try:
         for case in CASES:
             convert(FIXTURES / case, root / case)
@@ -85,6 +85,8 @@ def shuffle(random, raw, others):
     """Entries of a manifest in other places, or another manifest's."""
     other = json.loads((random.choice(others) / MANIFEST).read_bytes())
     files, leaves = raw["params_files"], raw["leaves"]
+    if not files:  # taken away the first time
+        return
     first, second = random.sample(range(len(leaves)), 2)
     match random.randrange(7):
         case 0:
@@ -138,7 +140,7 @@ def change_files(random, folder, others):
     parts = sorted(params.iterdir())
     files = sorted(path for path in params.rglob("*") if path.is_file())
     path = random.choice(files)
-    match random.randrange(9):
+    match random.choice((0, 1, 2, 3, 4, 6, 7, 8, *([5] if len(parts) > 1 else []))):
         case 0:
             path.unlink()
         case 1:

@@ -370,6 +370,14 @@ def test_unwritable_destination_is_a_sentence(tmp_path):
         convert(FIXTURES / "llama", tmp_path / "file" / "out")
 
 
+@pytest.mark.parametrize("name", ["x" * 5000, "x" * 250, "a\0b"])
+def test_names_that_no_folder_can_have_are_a_sentence(tmp_path, name):
+    with pytest.raises(CheckpointError) as caught:
+        convert(FIXTURES / "llama", tmp_path / name)
+    assert len(str(caught.value)) < 700
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_second_writer_of_the_same_destination_is_refused(tmp_path):
     stale = tmp_path / ".out.partial-0123456789ab"
     stale.mkdir()

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import safetensors
 
-from ssd_jax.checkpointing import describe, export_hf, load_checkpoint
+from ssd_jax.checkpointing import describe, export_hf, load_checkpoint, partial_folder
+from ssd_jax.checkpointing.exchange import exchange_names
 from ssd_jax.checkpointing.leaves import leaf_shapes, leaves_of, params_from_leaves
 from ssd_jax.config import ModelConfig, RopeScaling
 from ssd_jax.errors import CheckpointError
@@ -93,11 +94,17 @@ def test_export_of_random_weights(scaling, tmp_path):
 
 def test_export_keeps_other_files_and_replaces_its_own(tmp_path):
     (tmp_path / "tokenizer.json").write_text("kept")
+    (tmp_path / "link").symlink_to("tokenizer.json")
+    (tmp_path / "notes" / "old").mkdir(parents=True)
+    (tmp_path / "notes" / "old" / "a.txt").write_text("kept too")
     for seed in (0, 1):
         params = random_params(CONFIG, seed, jnp.float32)
         export_hf(CONFIG, params, tmp_path)
     assert np.array_equal(load_checkpoint(tmp_path).params.embedding, params.embedding)
     assert (tmp_path / "tokenizer.json").read_text() == "kept"
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "notes" / "old" / "a.txt").read_text() == "kept too"
+    assert not list(tmp_path.parent.glob(".*.partial-*"))
     assert "unusable" in describe(tmp_path)
 
 
@@ -118,11 +125,29 @@ def test_failed_export_leaves_the_folder_as_it_was(tmp_path, monkeypatch):
     params = random_params(CONFIG, 0, jnp.float32)
     export_hf(CONFIG, params, tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    monkeypatch.setattr("os.replace", fail)
+    monkeypatch.setattr(partial_folder, "exchange_names", fail)
     with pytest.raises(CheckpointError, match="No space left"):
         export_hf(CONFIG, random_params(CONFIG, 1, jnp.float32), tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     shutil.rmtree(tmp_path)
+
+
+def test_weights_and_config_are_replaced_together(tmp_path, monkeypatch):
+    export_hf(CONFIG, random_params(CONFIG, 0, jnp.float32), tmp_path / "out")
+    config = dataclasses.replace(CONFIG, rope_theta=77.0)
+    params = random_params(config, 1, jnp.float32)
+    seen = []
+
+    def look(one, other):
+        seen.extend((load_checkpoint(one), load_checkpoint(other)))
+        return exchange_names(one, other)
+
+    monkeypatch.setattr(partial_folder, "exchange_names", look)
+    export_hf(config, params, tmp_path / "out")
+    new, old = seen
+    assert (new.config, old.config) == (config, CONFIG)
+    assert np.array_equal(new.params.embedding, params.embedding)
+    assert load_checkpoint(tmp_path / "out").config == config
 
 
 def test_the_users_umask_decides_who_may_read(tmp_path):
