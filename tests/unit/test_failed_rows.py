@@ -5,8 +5,10 @@ from there on. What it then emits is known from the healthy model: the same outp
 poisoned token.
 """
 
+import argparse
 import dataclasses
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +17,7 @@ import pytest
 from speculation_cases import DRAFT_LEN, assert_honest_counts, assert_same_outputs
 from ssd_cases import CONFIG, FAIR, FAN_OUT, draft, target
 
+from ssd_jax.cli.answer import print_answer
 from ssd_jax.drafting.drafts import cut_at_failure
 from ssd_jax.drafting.ngram import NgramConfig
 from ssd_jax.engine.speculation import Speculation
@@ -110,7 +113,7 @@ METHODS = {
     "ssd rejection": Method(functools.partial(ssd, verification="rejection"), OPTIONS, False),
     "ssd n-gram": Method(functools.partial(ssd, fallback="ngram", ngram=NGRAM), OPTIONS),
 }
-QUICK = ("plain", "coupled", "rejection", "ssd")  # the others take a minute to compile
+QUICK = ("plain", "coupled", "ssd")  # the others take a minute to compile
 methods = pytest.mark.parametrize(
     "name",
     [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in METHODS],
@@ -209,6 +212,16 @@ def test_a_stream_tells_of_the_error(name):
         assert "".join(delta.text for delta in own) == completion.text
         assert tuple(token for delta in own for token in delta.token_ids) == completion.token_ids
     assert completion.token_ids == ()
+
+
+def test_the_command_line_tells_of_the_error(capsys):
+    args = argparse.Namespace(json=True, stream=False, quiet=False)
+    print_answer(poisoned(target(), 11), None, PROMPTS[0], GREEDY, args)
+    printed = capsys.readouterr()
+    account = json.loads(printed.out)
+    assert account["finish_reason"] == "error"
+    assert account["token_ids"][-1] == 11
+    assert "stopped by logits that are not finite" in printed.err
 
 
 def test_one_bad_logit_is_enough():
