@@ -13,7 +13,7 @@ from typing import Annotated
 import numpy as np
 
 from ssd_jax.errors import RequestError
-from ssd_jax.field_checks import MAX_INT32, Range, check_fields
+from ssd_jax.field_checks import MAX_INT32, Range, check_fields, shown
 
 type Guesses = Annotated[int, Range(f"from 0 to {MAX_INT32}", lambda n: n >= 0)]
 
@@ -30,15 +30,16 @@ class FanOut:
 
     def __post_init__(self) -> None:
         check_fields(self, "{} of a fan-out")
-        for counts in (self.after_hit, self.after_miss):
+        for name in ("after_hit", "after_miss"):
+            counts = getattr(self, name)
             if sum(counts) == 0:
                 raise RequestError(
-                    "A fan-out must be whole numbers from 0 on, one for each number of accepted "
-                    f"tokens and not all 0, got {counts!r}."
+                    f"{name} of a fan-out must be whole numbers from 0 on, one for each number of "
+                    f"accepted tokens and not all 0, got {shown(counts)}."
                 )
         if len(self.after_hit) != len(self.after_miss):
             raise RequestError(
-                "The fan-outs after a hit and after a miss must be of one length (draft_len + 1), "
+                "after_hit and after_miss of a fan-out must be of one length (draft_len + 1), "
                 f"got {len(self.after_hit)} and {len(self.after_miss)} numbers."
             )
 

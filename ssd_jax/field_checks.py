@@ -32,6 +32,8 @@ from ssd_jax.errors import RequestError
 MAX_INT32 = 2**31 - 1
 MAX_FLOAT32 = (2 - 2**-23) * 2.0**127
 MIN_FLOAT32 = 2.0**-126  # a device takes smaller ones for 0
+MAX_ENTRIES = 2**24  # of a list; a longer one is refused
+_TEXTS = (str, bytes, bytearray, memoryview)  # sequences that are no lists
 _SHOWN = 80  # most characters of a refused value in a sentence
 
 
@@ -177,7 +179,9 @@ def _kind_of_choice(choices: tuple[str, ...]) -> _Kind:
 def _kind_of_list(item: _Kind) -> _Kind:
     def read(value: object) -> object:
         entries = _as_python(value)
-        if not isinstance(entries, Sequence) or isinstance(entries, str | bytes | bytearray):
+        if not isinstance(entries, Sequence) or isinstance(entries, _TEXTS):
+            raise _Refused(value)
+        if not _is_short(entries):
             raise _Refused(value)
         return tuple(map(item.read, entries))
 
@@ -202,9 +206,17 @@ def _kind_of_class(cls: type) -> _Kind:
     return _Kind(f"of type {cls.__name__}", read)
 
 
+def _is_short(entries: Sequence[object]) -> bool:
+    """Whether there are few enough entries to look at each (a range may be endless as good as)."""
+    try:
+        return len(entries) <= MAX_ENTRIES
+    except OverflowError:  # of a length that Python has no number for
+        return False
+
+
 def _as_python(value: object) -> object:
     """Numbers and lists of numpy and JAX as Python has them; anything else as it is."""
-    if type(value) in (int, float, str, list, tuple):
+    if type(value) in (int, float, str, list, tuple) or isinstance(value, memoryview):
         return value
     as_python = getattr(value, "tolist", None)
     return as_python() if callable(as_python) else value

@@ -94,11 +94,18 @@ def _make_request(model: Model, prompt: str | Sequence[int], params: SamplingPar
             "The prompt is empty, and this tokenizer adds no token in front of it, so there is "
             "nothing to predict from: give at least one token."
         )
-    for token in (*ids, *params.logit_bias, *params.stop_token_ids):
-        if not 0 <= token < vocab_size:
-            raise RequestError(
-                f"Token ids must be from 0 to {vocab_size - 1} for this model, got {token}."
-            )
+    named = {
+        "a prompt": ids,
+        "logit_bias": params.logit_bias,
+        "stop_token_ids": params.stop_token_ids,
+    }
+    for name, tokens in named.items():
+        for token in tokens:
+            if not 0 <= token < vocab_size:
+                raise RequestError(
+                    f"Token ids of {name} must be from 0 to {vocab_size - 1} for this model, got "
+                    f"{token}: give ids of its vocabulary."
+                )
     if len(ids) >= context:
         raise RequestError(
             f"The prompt has {len(ids)} tokens, but the model's context holds {context} and one is "

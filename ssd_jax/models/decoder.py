@@ -97,13 +97,13 @@ def project_qkv(
 def hide_failures(
     key: Float[Array, "B T K H"], value: Float[Array, "B T K H"]
 ) -> tuple[Float[Array, "B T K H"], Float[Array, "B T K H"]]:
-    """Keys and values as they are; a value that is not finite becomes 0, and its key NaN.
+    """Keys and values as they are; numbers of a value that are not finite become 0, the key's NaN.
 
     Attention weighs the values of slots that it must not see (rejected drafts, padding) with 0, and
     0 times NaN is NaN. The score of a NaN key, however, is masked away unread, and reaches the
     queries that do see the slot all the same.
     """
-    is_finite = jnp.all(jnp.isfinite(value), axis=-1, keepdims=True)
+    is_finite = jnp.isfinite(value)
     zero, nan = jnp.zeros((), value.dtype), jnp.full((), jnp.nan, key.dtype)
     return jnp.where(is_finite, key, nan), jnp.where(is_finite, value, zero)
 

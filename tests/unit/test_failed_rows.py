@@ -5,8 +5,10 @@ from there on. What it then emits is known from the healthy model: the same outp
 poisoned token.
 """
 
+import argparse
 import dataclasses
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +17,7 @@ import pytest
 from speculation_cases import DRAFT_LEN, assert_honest_counts, assert_same_outputs
 from ssd_cases import CONFIG, FAIR, FAN_OUT, draft, target
 
+from ssd_jax.cli.answer import print_answer
 from ssd_jax.drafting.drafts import cut_at_failure
 from ssd_jax.drafting.ngram import NgramConfig
 from ssd_jax.engine.speculation import Speculation
@@ -110,7 +113,7 @@ METHODS = {
     "ssd rejection": Method(functools.partial(ssd, verification="rejection"), OPTIONS, False),
     "ssd n-gram": Method(functools.partial(ssd, fallback="ngram", ngram=NGRAM), OPTIONS),
 }
-QUICK = ("plain", "coupled", "rejection", "ssd")  # the others take a minute to compile
+QUICK = ("plain", "coupled", "ssd")  # the others take a minute to compile
 methods = pytest.mark.parametrize(
     "name",
     [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in METHODS],
@@ -211,6 +214,16 @@ def test_a_stream_tells_of_the_error(name):
     assert completion.token_ids == ()
 
 
+def test_the_command_line_tells_of_the_error(capsys):
+    args = argparse.Namespace(json=True, stream=False, quiet=False)
+    print_answer(poisoned(target(), 11), None, PROMPTS[0], GREEDY, args)
+    printed = capsys.readouterr()
+    account = json.loads(printed.out)
+    assert account["finish_reason"] == "error"
+    assert account["token_ids"][-1] == 11
+    assert "stopped by logits that are not finite" in printed.err
+
+
 def test_one_bad_logit_is_enough():
     """Without it the law cannot be known."""
     lm_head = target().params.lm_head.at[0, 40].set(np.nan)
@@ -247,9 +260,9 @@ def test_a_value_that_is_not_finite_is_told_by_its_key(bad):
     value = -key
     value[0, 1, 0, 2] = bad
     new_key, new_value = map(np.asarray, hide_failures(jnp.array(key), jnp.array(value)))
-    assert np.isnan(new_key[0, 1, 0]).all()
-    assert (new_value[0, 1, 0] == 0).all()
-    others = np.ones((1, 3, 2), bool)
-    others[0, 1, 0] = False
+    assert np.isnan(new_key[0, 1, 0, 2])
+    assert new_value[0, 1, 0, 2] == 0
+    others = np.ones(key.shape, bool)
+    others[0, 1, 0, 2] = False
     np.testing.assert_array_equal(new_key[others], key[others])
     np.testing.assert_array_equal(new_value[others], value[others])
