@@ -18,6 +18,7 @@ README = (ROOT / "README.md").read_text()
 DEMO = ROOT / "checkpoints" / "demo"
 # The models that the commands name, and what stands in for them.
 STAND_INS = {
+    "Qwen/Qwen3-0.6B": "target",
     "path/to/Qwen3-8B": "target",
     "path/to/Qwen3-0.6B": "draft",
     "path/to/Llama-3.2-1B": "target",
