@@ -261,7 +261,7 @@ def on_four_devices(method):
         "paced",
         pytest.param("made up", marks=pytest.mark.slow),
         pytest.param("n-gram", marks=pytest.mark.slow),
-        "ssd",
+        pytest.param("ssd", marks=pytest.mark.slow),
     ],
 )
 def test_a_mesh_gets_its_options_once(method):
