@@ -113,7 +113,7 @@ METHODS = {
     "ssd rejection": Method(functools.partial(ssd, verification="rejection"), OPTIONS, False),
     "ssd n-gram": Method(functools.partial(ssd, fallback="ngram", ngram=NGRAM), OPTIONS),
 }
-QUICK = ("plain", "coupled", "ssd")  # the others take a minute to compile
+QUICK = ("plain", "coupled")  # the others take minutes to compile
 methods = pytest.mark.parametrize(
     "name",
     [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in METHODS],
@@ -198,7 +198,7 @@ def test_a_draft_that_fails_does_not_change_the_output(name):
                 assert by_model["draft"].num_draft_tokens == 0
 
 
-@pytest.mark.parametrize("name", ["plain", "coupled", "ssd"])
+@pytest.mark.parametrize("name", ["plain", "coupled", pytest.param("ssd", marks=pytest.mark.slow)])
 def test_a_stream_tells_of_the_error(name):
     method = METHODS[name]
     model = poisoned(target(), 11)
