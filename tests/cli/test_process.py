@@ -128,7 +128,7 @@ def test_an_interrupt_while_starting_is_quiet(start_long, seconds):
 def test_an_interrupt_at_any_moment_is_quiet(start_long):
     moments = random.Random(0)
     for _ in range(40):
-        check_interrupt(start_long, moments.uniform(0, 8))
+        check_interrupt(start_long, moments.uniform(0, 3))
 
 
 def without_stream(number):
