@@ -12,6 +12,7 @@ from ssd_jax.cli.notes import note, terminal_width
 from ssd_jax.cli.word_wrap import WordWrap
 from ssd_jax.engine.speculation import Speculation
 from ssd_jax.engine.ssd_options import SSD
+from ssd_jax.errors import RequestError
 from ssd_jax.generation import Completion
 from ssd_jax.json_text import to_json
 from ssd_jax.model import Model
@@ -68,10 +69,12 @@ def print_answer(
     args: argparse.Namespace,
     *,
     wrap: bool = False,
+    as_reply: bool = False,
 ) -> Answer:
     """The answer to one prompt, after it is printed as the arguments ask; statistics to stderr.
 
-    With `wrap` lines are broken at words, if stdout is a terminal.
+    With `wrap` lines are broken at words, if stdout is a terminal. `as_reply` says that the output
+    is a text by itself, which does not continue the prompt's.
     """
     streaming = args.stream and not args.json
     wrapped = WordWrap(terminal_width) if wrap and sys.stdout.isatty() else None
@@ -81,7 +84,7 @@ def print_answer(
 
     show = write if streaming else _drop
     with showing_compilation(show, quiet=args.quiet) as show:
-        answer = _decode(model, speculation, prompt_ids, params, show)
+        answer = _decode(model, speculation, prompt_ids, params, show, as_reply=as_reply)
     if args.json:
         print(to_json(_as_json(answer, params)), flush=True)
     else:
@@ -92,12 +95,28 @@ def print_answer(
     return answer
 
 
+def refuse_failed(answer: Answer) -> None:
+    """Raise, after what came was printed, if the model could not go on.
+
+    Raises:
+        RequestError: the answer ended by "error".
+    """
+    if answer.finish_reason == "error":
+        raise RequestError(
+            f"Expected finite logits with a possible token after {len(answer.token_ids)} tokens of "
+            "output, got NaN, infinity or none; check the weights, try --dtype float32, or loosen "
+            "--logit-bias."
+        )
+
+
 def _decode(
     model: Model,
     speculation: Speculation | SSD | None,
     prompt_ids: Sequence[int],
     params: SamplingParams,
     write: Callable[[str], None],
+    *,
+    as_reply: bool,
 ) -> Answer:
     """The answer to one prompt, each piece of its text passed on; Ctrl-C ends it early."""
     texts: list[str] = []
@@ -106,7 +125,7 @@ def _decode(
     with CompileClock() as clock:
         start = time.perf_counter()
         try:
-            for delta in stream_answer(model, prompt_ids, params, speculation):
+            for delta in stream_answer(model, prompt_ids, params, speculation, as_reply=as_reply):
                 if first is None:
                     first = time.perf_counter() - clock.seconds
                 texts.append(delta.text)

@@ -55,7 +55,7 @@ def is_terminal() -> bool:
 
 
 def _chat(args: argparse.Namespace) -> None:
-    from ssd_jax.cli.answer import print_answer
+    from ssd_jax.cli.answer import print_answer, refuse_failed
     from ssd_jax.cli.session import open_model
     from ssd_jax.cli.speculation import open_speculation
     from ssd_jax.cli.templated import require_template, take_recommended
@@ -83,10 +83,13 @@ def _chat(args: argparse.Namespace) -> None:
         params = dataclasses.replace(params, max_tokens=bound, seed=seed)
         if conversation.attempt and not go_on and params.temperature == 0:
             note("greedy decoding gives the same answer again; --temperature 0.7 would not")
-        answer = print_answer(model, speculation, prompt_ids, params, args, wrap=True)
+        answer = print_answer(
+            model, speculation, prompt_ids, params, args, wrap=True, as_reply=not go_on
+        )
         ids = (*prompt_ids, *answer.token_ids)
         if answer.completion is None and not is_terminal():
             raise KeyboardInterrupt
+        refuse_failed(answer)
         if answer.finish_reason == "length" and not args.quiet:
             note(_why_cut(len(answer.token_ids), bound, len(ids), context))
         if not answer.text:

@@ -65,7 +65,7 @@ def run_generate(args: argparse.Namespace) -> int:
         raise RequestError("--echo is for text that continues its prompt: leave out --chat or it.")
     prompt = _prompt(args)
 
-    from ssd_jax.cli.answer import INTERRUPTED, print_answer
+    from ssd_jax.cli.answer import INTERRUPTED, print_answer, refuse_failed
     from ssd_jax.cli.session import open_model
     from ssd_jax.cli.speculation import open_speculation
     from ssd_jax.cli.templated import require_template, take_recommended
@@ -88,7 +88,10 @@ def run_generate(args: argparse.Namespace) -> int:
     speculation = open_speculation(args, model, params)
     if args.echo and not args.json:
         print(prompt, end="", flush=True)
-    answer = print_answer(model, speculation, prompt_ids, params, args, wrap=args.chat)
+    answer = print_answer(
+        model, speculation, prompt_ids, params, args, wrap=args.chat, as_reply=args.chat
+    )
+    refuse_failed(answer)
     if args.timeline and isinstance(speculation, SSD):
         from ssd_jax.cli.timeline import write_timeline
 

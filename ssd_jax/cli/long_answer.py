@@ -21,6 +21,8 @@ def stream_answer(
     prompt_ids: Sequence[int],
     params: SamplingParams,
     speculation: Speculation | SSD | None,
+    *,
+    as_reply: bool = False,
 ) -> Iterator[Delta]:
     """One output piece by piece, the last piece with its completion; without limit in stages.
 
@@ -29,6 +31,7 @@ def stream_answer(
     their law). Penalties that count what was emitted would not see the earlier stages: with them,
     and with log-probabilities, there is one stage, and a cache for all of the context. Where the
     cache of a later stage does not fit the memory, the output ends, by "length".
+    `as_reply` is as in `generation.stream`.
 
     Raises:
         SsdJaxError: as `generation.stream`.
@@ -37,8 +40,8 @@ def stream_answer(
     is_bounded = params.max_tokens is not None or room <= FIRST_STAGE
     counts_output = params.presence_penalty or params.frequency_penalty
     if is_bounded or counts_output or params.logprobs is not None:
-        return stream(model, [prompt_ids], params, speculation=speculation)
-    return _in_stages(model, tuple(prompt_ids), params, speculation, room)
+        return stream(model, [prompt_ids], params, speculation=speculation, as_reply=as_reply)
+    return _in_stages(model, tuple(prompt_ids), params, speculation, room, as_reply=as_reply)
 
 
 def _in_stages(
@@ -47,11 +50,14 @@ def _in_stages(
     params: SamplingParams,
     speculation: Speculation | SSD | None,
     room: int,
+    *,
+    as_reply: bool,
 ) -> Iterator[Delta]:
     text = None
     if model.tokenizer is not None:  # one for all stages: characters and stop strings may span two
         stops = tuple(params.stop)
-        text = TextStream(model.tokenizer, prompt_ids=prompt_ids, stops=stops)
+        before = () if as_reply else prompt_ids
+        text = TextStream(model.tokenizer, prompt_ids=before, stops=stops)
     texts: list[str] = []
     ids: tuple[int, ...] = ()
     stages: list[Completion] = []
@@ -66,7 +72,13 @@ def _in_stages(
     size = FIRST_STAGE
     while True:
         staged = dataclasses.replace(params, max_tokens=min(size, room - len(ids)))
-        pieces = stream(model, [(*prompt_ids, *ids)], staged, speculation=speculation)
+        pieces = stream(
+            model,
+            [(*prompt_ids, *ids)],
+            staged,
+            speculation=speculation,
+            as_reply=as_reply and not ids,
+        )
         while True:
             try:
                 delta = next(pieces)

@@ -284,3 +284,17 @@ def test_damaged_weights_are_an_error(run, tiny_checkpoint, tmp_path):
     outcome = run("generate", "the", "--model", tmp_path)
     assert (outcome.code, outcome.out) == (2, "")
     assert "model.safetensors" in outcome.err
+
+
+def test_an_answer_is_a_text_by_itself(run, chat_checkpoint, monkeypatch):
+    seen = []
+    whole = answer.stream_answer
+
+    def stream(*arguments, as_reply, **options):
+        seen.append(as_reply)
+        return whole(*arguments, as_reply=as_reply, **options)
+
+    monkeypatch.setattr(answer, "stream_answer", stream)
+    for argv in (("generate", "the"), ("generate", "--chat", "the"), ("chat",)):
+        assert run(*argv, "-m", chat_checkpoint, "-n", 2, stdin=b"the\n/continue\n").code == 0
+    assert seen == [False, True, True, False]

@@ -1,6 +1,7 @@
 import dataclasses
 
 import pytest
+import tokenizers
 
 import ssd_jax
 from ssd_jax.cli import long_answer
@@ -105,3 +106,20 @@ def test_memory_that_ends_later_ends_the_output(model, stages, monkeypatch):
     assert completion.finish_reason == "length"
     with pytest.raises(MemoryBudgetError):
         staged(model, SAMPLED)
+
+
+@pytest.mark.parametrize("params", [SAMPLED, dataclasses.replace(SAMPLED, max_tokens=9)])
+def test_a_reply_does_not_begin_with_the_space_of_a_continuation(model, params):
+    words = {f"\u2581w{index}": index for index in range(model.config.vocab_size)}
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=words, merges=[]))
+    backend.decoder = tokenizers.decoders.Metaspace(prepend_scheme="first")
+    tokenizer = dataclasses.replace(model.tokenizer, backend=backend)
+    spaced = dataclasses.replace(model, tokenizer=tokenizer)
+    reply, text = (
+        "".join(
+            delta.text for delta in stream_answer(spaced, PROMPT, params, None, as_reply=as_reply)
+        )
+        for as_reply in (True, False)
+    )
+    assert reply.startswith("w")
+    assert text == f" {reply}"

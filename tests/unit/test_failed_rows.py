@@ -17,11 +17,12 @@ import pytest
 from speculation_cases import DRAFT_LEN, assert_honest_counts, assert_same_outputs
 from ssd_cases import CONFIG, FAIR, FAN_OUT, draft, target
 
-from ssd_jax.cli.answer import print_answer
+from ssd_jax.cli.answer import print_answer, refuse_failed
 from ssd_jax.drafting.drafts import cut_at_failure
 from ssd_jax.drafting.ngram import NgramConfig
 from ssd_jax.engine.speculation import Speculation
 from ssd_jax.engine.ssd_options import SSD
+from ssd_jax.errors import RequestError
 from ssd_jax.generation import generate, stream
 from ssd_jax.json_text import to_json
 from ssd_jax.models.decoder import hide_failures
@@ -216,12 +217,14 @@ def test_a_stream_tells_of_the_error(name):
 
 def test_the_command_line_tells_of_the_error(capsys):
     args = argparse.Namespace(json=True, stream=False, quiet=False)
-    print_answer(poisoned(target(), 11), None, PROMPTS[0], GREEDY, args)
+    answer = print_answer(poisoned(target(), 11), None, PROMPTS[0], GREEDY, args)
     printed = capsys.readouterr()
     account = json.loads(printed.out)
     assert account["finish_reason"] == "error"
     assert account["token_ids"][-1] == 11
     assert "stopped by logits that are not finite" in printed.err
+    with pytest.raises(RequestError, match=r"after \d+ tokens of output, got NaN"):
+        refuse_failed(answer)
 
 
 def test_one_bad_logit_is_enough():
