@@ -11,6 +11,7 @@ import io
 import random
 
 import pytest
+from fuzz_cases import SLOW_COUNT, numbered
 from huggingface_hub import constants
 
 from ssd_jax.cli import answer, bench, convert, doctor, session, speculation, timeline
@@ -118,7 +119,7 @@ def quick(monkeypatch, tmp_path):
             raise RequestError("taken")
         return "".join(f"<{message['content']}>" for message in messages)
 
-    def decode(model, prompt_ids, params, speculation):
+    def decode(model, prompt_ids, params, speculation, *, as_reply):
         bounded = params if params.max_tokens else dataclasses.replace(params, max_tokens=1)
         requests = make_requests(model, [prompt_ids], bounded)
         choose_method(model, requests, speculation)
@@ -230,18 +231,20 @@ def complaint(argv, environment, stdin):
     return None
 
 
-def complaints(seed, number):
-    """What is wrong, and with which command line, for so many random ones."""
-    rng = random.Random(seed)
+def complaints(numbers):
+    """What is wrong, and with which command line, for random ones."""
     found = []
-    for _ in range(number):
+    for number in numbers:
+        rng = random.Random(number)
         argv = changed(rng, rng.choice(SEEDS))
         lines = "\n".join(rng.choices(LINES, k=rng.randint(0, 4)))
         stdin = lines.encode("utf-8", "surrogateescape")
         environment = variables(rng)
         if (wrong := complaint(argv, environment, stdin)) is not None:
             shown = [text[:60] for text in argv]
-            found.append(f"{wrong} <- {shown} {str(environment)[:200]} {stdin[:200]}")
+            found.append(
+                f"input {number}: {wrong} <- {shown} {str(environment)[:200]} {stdin[:200]}"
+            )
     return found
 
 
@@ -266,10 +269,9 @@ def test_command_lines_that_once_ended_badly(argv):
 
 
 def test_changed_command_lines():
-    assert complaints(seed=0, number=400) == []
+    assert complaints(numbered(400)) == []
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(1, 11))
-def test_many_changed_command_lines(seed):
-    assert complaints(seed, number=1000) == []
+def test_ten_thousand_changed_command_lines():
+    assert complaints(numbered(SLOW_COUNT)) == []

@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from fuzz_cases import SLOW_COUNT, numbered
 
 from ssd_jax.checkpointing.hf_loader import find_problems, open_hf_checkpoint
 from ssd_jax.errors import SsdJaxError
@@ -264,18 +265,18 @@ def run(numbers, tmp_path):
         folder.mkdir()
         found = verdict(number, folder)
         if found is not None:
-            wrong.append(f"case {number}: {found}")
+            wrong.append(f"input {number}: {found}")
         shutil.rmtree(folder)
     assert not wrong, f"{len(wrong)} cases:\n" + "\n".join(wrong[:40])
 
 
 def test_odd_values_are_asked_for_or_refused(tmp_path):
-    run(range(400), tmp_path)
+    run(numbered(400), tmp_path)
 
 
 @pytest.mark.slow
 def test_ten_thousand_odd_values_are_asked_for_or_refused(tmp_path):
-    run(range(1000, 11_000), tmp_path)
+    run(numbered(SLOW_COUNT), tmp_path)
 
 
 def test_the_cases_are_of_both_kinds(tmp_path):

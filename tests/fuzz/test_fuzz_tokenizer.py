@@ -12,6 +12,7 @@ import shutil
 import jinja2
 import pytest
 import tokenizers
+from fuzz_cases import SLOW_COUNT, numbered
 from tokenizers import decoders, models, pre_tokenizers, processors
 
 from ssd_jax.errors import SsdJaxError
@@ -200,18 +201,18 @@ def run(numbers, tmp_path, plain):
         folder.mkdir()
         found = verdict(number, folder, plain)
         if found is not None:
-            wrong.append(f"case {number}: {found}")
+            wrong.append(f"input {number}: {found}")
         shutil.rmtree(folder)
     assert not wrong, f"{len(wrong)} cases:\n" + "\n".join(wrong[:60])
 
 
 def test_odd_values_are_used_or_refused(tmp_path, plain):
-    run(range(400), tmp_path, plain)
+    run(numbered(400), tmp_path, plain)
 
 
 @pytest.mark.slow
 def test_ten_thousand_odd_values_are_used_or_refused(tmp_path, plain):
-    run(range(1000, 11_000), tmp_path, plain)
+    run(numbered(SLOW_COUNT), tmp_path, plain)
 
 
 def test_the_plain_files_are_fine(tmp_path, plain):
@@ -349,14 +350,14 @@ def render_odd(numbers, monkeypatch):
         try:
             text = render(template)
         except Exception as error:
-            raise AssertionError(f"case {number}: {template}") from error
+            raise AssertionError(f"input {number}: {template}") from error
         assert text is None or len(text) <= chat_template.MAX_CHARS
 
 
 def test_odd_templates_are_rendered_or_refused(monkeypatch):
-    render_odd(range(12), monkeypatch)
+    render_odd(numbered(12), monkeypatch)
 
 
 @pytest.mark.slow
 def test_a_thousand_odd_templates_are_rendered_or_refused(monkeypatch):
-    render_odd(range(1000, 2000), monkeypatch)
+    render_odd(numbered(1000), monkeypatch)

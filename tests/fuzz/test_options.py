@@ -9,6 +9,7 @@ import dataclasses
 import decimal
 import fractions
 import math
+import random
 import types
 from unittest import mock
 
@@ -261,7 +262,8 @@ def check_prompts(rng):
 def run(default_count):
     """How many inputs were taken, and the sampling options among them."""
     taken = []
-    for number, rng in numbered(default_count):
+    for number in numbered(default_count):
+        rng = random.Random(number)
         try:
             if rng.random() < 0.3:
                 check_prompts(rng)
@@ -271,7 +273,7 @@ def run(default_count):
             if params is not None:
                 taken.append(params)
         except Exception as error:
-            error.add_note(f"input {number} of the seed")
+            error.add_note(f"input {number}")
             raise
     return taken
 
