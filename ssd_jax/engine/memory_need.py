@@ -166,30 +166,11 @@ def _draft_need(model: Model, shape: BatchShape, speculation: Speculation | SSD)
         return Need(held=Counter({CACHE: held[CACHE]}), reading=reading, decoding=drafting)
     branches = speculation.speculator.num_branches
     share = -(-branches // _devices_on(draft, BRANCH_AXIS))
-    prepared = _tree_bytes(
-        jax.eval_shape(
-            functools.partial(
-                no_prepared_drafts,
-                shape.num_rows,
-                branches,
-                speculation.draft_len,
-                model.config.vocab_size,
-                with_law=own_law > 0,
-            )
-        )
-    )
-    cache = _tree_bytes(
-        jax.eval_shape(
-            functools.partial(
-                init_branches,
-                draft.config,
-                shape.num_rows,
-                speculation.draft_len,
-                share,
-                draft.params.embedding.dtype,
-            )
-        )
-    )
+    rows, draft_len = shape.num_rows, speculation.draft_len
+    vocab_size, with_law = model.config.vocab_size, own_law > 0
+    prepared = _prepared_bytes(rows, branches, draft_len, vocab_size, with_law)
+    dtype = draft.params.embedding.dtype.name
+    cache = _branch_bytes(draft.config, rows, draft_len, share, dtype)
     held[LAWS] += prepared + own_law
     held[TEXTS] += 4 * shape.num_rows * shape.num_slots  # statistics of lookups
     width = max(share, speculation.draft_len + 1)
@@ -251,6 +232,24 @@ def _state_bytes(
     )
     cache = _tree_bytes(state.cache)
     return {CACHE: cache, TEXTS: _tree_bytes(state) - cache}
+
+
+@functools.lru_cache(maxsize=256)
+def _prepared_bytes(
+    rows: int, branches: int, draft_len: int, vocab_size: int, with_law: bool
+) -> int:
+    """What the speculation cache holds."""
+    make = functools.partial(
+        no_prepared_drafts, rows, branches, draft_len, vocab_size, with_law=with_law
+    )
+    return _tree_bytes(jax.eval_shape(make))
+
+
+@functools.lru_cache(maxsize=256)
+def _branch_bytes(config: ModelConfig, rows: int, draft_len: int, share: int, dtype: str) -> int:
+    """What the branches of a tree hold on one device."""
+    make = functools.partial(init_branches, config, rows, draft_len, share, jnp.dtype(dtype))
+    return _tree_bytes(jax.eval_shape(make))
 
 
 @functools.lru_cache(maxsize=256)

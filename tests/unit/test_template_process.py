@@ -108,6 +108,15 @@ def test_every_rendering_has_the_same_room(process):
     assert render(process, HUGE) == str(6 * 10**8)
 
 
+@pytest.fixture
+def interruptible():
+    """Ctrl-C is answered; a test run in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupted_rendering_answers_nothing_else(process):
     assert render(process, SAY) == "Hi"
     timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
