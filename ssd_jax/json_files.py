@@ -2,6 +2,7 @@
 
 import json
 import os
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,15 @@ def shown_path(path: Path) -> str:
 def is_file(path: Path) -> bool:
     """Whether there is a regular file; no for a path that the system cannot look up."""
     return os.path.isfile(path)  # Path.is_file raises for a name that is too long
+
+
+def is_device(path: Path) -> bool:
+    """Whether the path is a device, such as /dev/zero, which may have no end."""
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError):  # there is none, or there can be none
+        return False
+    return stat.S_ISCHR(mode) or stat.S_ISBLK(mode)
 
 
 def read_text(path: Path) -> str:

@@ -9,6 +9,7 @@ from typing import Literal
 
 from ssd_jax.cli.conversation import Conversation
 from ssd_jax.errors import RequestError, shortened, shown
+from ssd_jax.json_files import is_file
 from ssd_jax.json_text import to_json
 from ssd_jax.whole_file import write_whole
 
@@ -117,6 +118,8 @@ def _require_answer(conversation: Conversation) -> None:
 
 def _is_saved(path: Path) -> bool:
     """Whether a file is something that `/save` may have written."""
+    if not is_file(path):
+        return False
     try:
         messages = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

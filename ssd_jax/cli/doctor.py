@@ -1,6 +1,7 @@
 """`ssd-jax doctor`: what this machine and this installation have, and what is broken."""
 
 import argparse
+import contextlib
 import importlib.metadata
 import os
 import platform
@@ -211,11 +212,12 @@ def _cache(choice: str | None, problems: list[str]) -> dict[str, Any]:
 
 
 def _num_bytes(folder: Path) -> int:
-    return sum(
-        (Path(parent) / name).stat().st_size
-        for parent, _, names in os.walk(folder)
-        for name in names
-    )
+    total = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(OSError):  # it may be gone by now
+                total += (Path(parent) / name).lstat().st_size
+    return total
 
 
 def _demo(role: Literal["target", "draft"]) -> str | None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ssd_jax.errors import RequestError
+from ssd_jax.json_files import is_device
 
 # The fields whose texts, joined by a space, are the prompt; the first that are all there count.
 # HumanEval and own files, GSM8K, SVAMP, self-instruct, MT-bench (the first turn), MBPP, UltraChat.
@@ -27,6 +28,8 @@ def read_prompts(path: Path) -> tuple[str, ...]:
         RequestError: the file cannot be read, or naming the first line or entry without a prompt.
     """
     try:
+        if is_device(path):
+            raise OSError("it is a device")
         with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
             content = file.read().decode("utf-8")
     except (OSError, EOFError, UnicodeDecodeError) as error:

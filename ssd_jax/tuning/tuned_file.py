@@ -1,6 +1,7 @@
 """The TOML file that `ssd-jax tune` writes and `generate` reads."""
 
 import dataclasses
+import errno
 import json
 import tomllib
 from pathlib import Path
@@ -8,9 +9,10 @@ from typing import Annotated, Any, get_type_hints
 
 from ssd_jax.engine.speculation import DraftLen
 from ssd_jax.engine.ssd_options import Fallback, check_fan_out
-from ssd_jax.errors import ConfigError, SsdJaxError
+from ssd_jax.errors import ConfigError, SsdJaxError, shortened, shown
 from ssd_jax.fan_out import FanOut, Guesses
 from ssd_jax.field_checks import Probability, Range, check, check_fields
+from ssd_jax.json_files import is_device
 from ssd_jax.tuning.speed import Setting, Times
 from ssd_jax.verification import Verification
 from ssd_jax.whole_file import write_whole
@@ -134,22 +136,24 @@ def read_tuned(path: Path) -> Tuned:
         ConfigError: there is no such file, or it is not one that this version writes.
     """
     try:
+        if is_device(path):
+            raise OSError(errno.EINVAL, "it is a device")
         content: dict[str, Any] = tomllib.loads(path.read_text("utf-8"))
     except OSError as error:
         raise ConfigError(
             f"The tuned file {path} cannot be read ({error.strerror}): make one with `ssd-jax tune`"
             f" --out {path}."
         ) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(
-            f"The tuned file {path} should be TOML, but it is not ({error}): make it anew with "
-            "`ssd-jax tune`."
+            f"The tuned file {path} should be TOML, but it is not ({shortened(str(error), 200)}): "
+            "make it anew with `ssd-jax tune`."
         ) from error
     schema = content.pop("schema", None)
     if schema != SCHEMA or isinstance(schema, bool):
         raise ConfigError(
-            f"The tuned file {path} should have schema = {SCHEMA}, got {schema!r}: make it anew "
-            "with `ssd-jax tune`."
+            f"The tuned file {path} should have schema = {SCHEMA}, got {shown(schema)}: make it "
+            "anew with `ssd-jax tune`."
         )
     try:
         _same_names(Tuned, content, "the file")

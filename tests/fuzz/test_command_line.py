@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import io
 import random
+from pathlib import Path
 
 import pytest
 from fuzz_cases import SLOW_COUNT, numbered
@@ -259,13 +260,19 @@ def test_the_command_lines_before_the_changes_end_well(tmp_path):
         ["tune", "--out", "x/" * 3000],
         ["tune", "--out", "x" * 5000],
         ["inspect", "9" * 5000],
+        ["chat"],
         ["inspect", MODEL, "\n"],
         ["generate", "x", "-m", "\n"],
         ["generate", "x", "--seed", "x" * 5000],
+        ["tune", "--out", "tuned.toml", "--prompts", "/dev/zero"],
+        ["generate", "x", "--method", "ssd", "--tuned", "/dev/zero"],
+        ["doctor", "--compilation-cache", "links"],
     ],
 )
 def test_command_lines_that_once_ended_badly(argv):
-    assert complaint(argv, {}, b"") is None
+    Path("links").mkdir()
+    Path("links/nowhere").symlink_to("no such file")
+    assert complaint(argv, {}, b"/save /dev/zero\n") is None
 
 
 def test_changed_command_lines():
