@@ -1,4 +1,4 @@
-"""A conversion killed at each call that renames or removes: a whole checkpoint is always there."""
+"""A conversion killed at its stages, and at each call that renames or removes."""
 
 import shutil
 import subprocess
@@ -71,6 +71,10 @@ def leaves_in(folder):
     return {name: np.asarray(leaf).tobytes() for name, leaf in leaves.items()}
 
 
+def unfinished(folder):
+    return [path.name for path in folder.glob(".*.partial-*")]
+
+
 def check_kills(mode, numbers, tmp_path, old_checkpoint):
     """Kill a run before each of its calls of those numbers, and look at what is left.
 
@@ -116,3 +120,69 @@ def test_killed_where_names_change(mode, tmp_path, old):
 def test_killed_at_every_call(mode, tmp_path, old):
     most = 100
     assert CLOSEST[mode][-1] <= check_kills(mode, range(1, most), tmp_path, old) < most - 1
+
+
+# Forks a child for every point before jax has started any thread; each child dies by SIGKILL there.
+STAGES = """
+import os, signal, sys
+from pathlib import Path
+import orbax.checkpoint
+import ssd_jax.checkpointing as checkpointing
+from ssd_jax.checkpointing import converter, orbax_io, partial_folder
+
+source, folder = Path(sys.argv[1]), Path(sys.argv[2])
+orbax_io.PART_BYTES = 50_000
+die = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+
+def at(stage, count):
+    calls = []
+    def progress(name, done, total):
+        calls.append(name)
+        if calls.count(stage) == count:
+            die()
+    return lambda: progress
+
+def patched(module, name):
+    def patch():
+        setattr(module, name, die)
+    return patch
+
+points = {
+    "hashing": at("hashing", 1),
+    "first_leaf": at("converting", 2),
+    "later_leaf": at("converting", 9),
+    "verifying": at("verifying", 3),
+    "manifest": patched(converter, "write_synced"),
+    "swap": patched(partial_folder, "_put_in_place"),
+    "rename_in_orbax": patched(os, "rename"),
+}
+for name, arm in points.items():
+    child = os.fork()
+    if child == 0:
+        checkpointing.convert(source, folder / name, progress=arm())
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    print(name, os.WIFSIGNALED(status) and os.WTERMSIG(status))
+"""
+
+
+def test_killed_runs_leave_nothing_that_loads_and_a_rerun_completes(tmp_path):
+    source = FIXTURES / "llama31"
+    command = [sys.executable, "-W", "ignore", "-c", STAGES, str(source), str(tmp_path)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
+    outcomes = dict(line.split() for line in done.stdout.splitlines())
+    assert len(outcomes) == 7
+    assert set(outcomes.values()) == {"9"}, done.stderr
+    leftovers = unfinished(tmp_path)
+    assert len(leftovers) == 7
+    for name in outcomes:
+        with pytest.raises(CheckpointError, match="found none"):
+            load_checkpoint(tmp_path / name)
+    for name in leftovers:
+        if ".swap." not in name:  # there it was complete and only its name is missing
+            with pytest.raises(CheckpointError):
+                load_checkpoint(tmp_path / name)
+    for name in ("first_leaf", "swap"):
+        convert(source, tmp_path / name)
+        assert leaves_in(tmp_path / name) == leaves_in(source)
+        assert not any(f".{name}." in other for other in unfinished(tmp_path))
