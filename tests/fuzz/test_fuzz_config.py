@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from fuzz_cases import SLOW_COUNT, numbered
+from fuzz_cases import SLOW_COUNT, Raw, as_text, numbered
 
 from ssd_jax.checkpointing.hf_loader import find_problems, open_hf_checkpoint
 from ssd_jax.errors import SsdJaxError
@@ -18,13 +18,6 @@ from ssd_jax.errors import SsdJaxError
 FIXTURES = Path(__file__).parents[1] / "parity" / "fixtures"
 BASES = sorted(FIXTURES.glob("*/config*.json"))
 MAX_MESSAGE = 400
-
-
-class Raw:
-    """Text that stands in the file as it is."""
-
-    def __init__(self, text):
-        self.text = text
 
 
 VALUES = (
@@ -107,19 +100,6 @@ def twice(fields, name):
     """The file with a field that stands there twice, with two values."""
     first, second = as_text({name: "one value"}), as_text({**fields, name: 2})
     return first[:-1] + ", " + second[1:]
-
-
-def as_text(fields):
-    raw = []
-
-    def default(value):
-        raw.append(value.text)
-        return f"@raw{len(raw) - 1}@"
-
-    text = json.dumps(fields, default=default)
-    for index, one in enumerate(raw):
-        text = text.replace(f'"@raw{index}@"', one)
-    return text
 
 
 def damaged_text(chance, text):

@@ -12,7 +12,7 @@ import shutil
 import jinja2
 import pytest
 import tokenizers
-from fuzz_cases import SLOW_COUNT, numbered
+from fuzz_cases import SLOW_COUNT, Raw, as_text, numbered
 from tokenizers import decoders, models, pre_tokenizers, processors
 
 from ssd_jax.errors import SsdJaxError
@@ -23,13 +23,6 @@ MAX_MESSAGE = 450
 TEXTS = ("", "the cat", "<s>the</s>", "\u00e9\U0001f600 \n\t", "x" * 200)
 MESSAGES = [{"role": "user", "content": "hi"}]
 TEMPLATE = "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}"
-
-
-class Raw:
-    """Text that stands in the file as it is."""
-
-    def __init__(self, text):
-        self.text = text
 
 
 VALUES = (
@@ -130,19 +123,6 @@ def change_somewhere(chance, tree):
         else:
             tree[key] = copy.deepcopy(chance.choice(VALUES))
         return
-
-
-def as_text(content):
-    raw = []
-
-    def default(value):
-        raw.append(value.text)
-        return f"@raw{len(raw) - 1}@"
-
-    text = json.dumps(content, default=default)
-    for index, one in enumerate(raw):
-        text = text.replace(f'"@raw{index}@"', one)
-    return text
 
 
 def verdict(number, folder, plain):

@@ -16,7 +16,7 @@ from unittest import mock
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from fuzz_cases import SLOW_COUNT, numbered
+from fuzz_cases import LONGEST_MESSAGE, SLOW_COUNT, Odd, numbered
 from speculation_cases import tokenized
 from tiny_models import tiny
 
@@ -32,19 +32,6 @@ from ssd_jax.sampling_params import SMALLEST_TEMPERATURE, SamplingParams
 
 MODEL, BARE = tokenized(), tiny("qwen3").model
 VOCABULARY, CONTEXT = MODEL.config.vocab_size, MODEL.config.max_context
-LONGEST_MESSAGE = 400
-
-
-class Odd:
-    """Breaks whatever looks at it."""
-
-    def __repr__(self):
-        raise ValueError("no")
-
-    def __eq__(self, other):
-        raise ValueError("no")
-
-    __hash__ = None
 
 
 def nested(depth):

@@ -7,6 +7,7 @@ import math
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fuzz_cases import Odd
 from tiny_models import tiny
 
 from ssd_jax.drafting.ngram import NgramConfig
@@ -17,19 +18,6 @@ from ssd_jax.fan_out import FanOut
 from ssd_jax.field_checks import MAX_FLOAT32, shown
 from ssd_jax.generation import generate
 from ssd_jax.sampling_params import SamplingParams
-
-
-class Odd:
-    """Breaks whatever looks at it."""
-
-    def __repr__(self):
-        raise ValueError("no")
-
-    def __eq__(self, other):
-        raise ValueError("no")
-
-    __hash__ = None
-
 
 MODEL = tiny("qwen3").model
 ODD_VALUES = [

@@ -397,4 +397,4 @@ def test_a_reply_is_a_text_by_itself_and_a_completion_goes_on(bare):
     assert only(generate(model, [PROMPT], stopped, as_reply=True)).text == ""
     assert only(generate(model, [PROMPT], stopped)).text == " "
     with pytest.raises(RequestError, match="as_reply must be True or False"):
-        generate(model, [PROMPT], options, as_reply="yes")  # type: ignore[arg-type]
+        generate(model, [PROMPT], options, as_reply="yes")
