@@ -10,13 +10,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
 
-from ssd_jax.config_fields import MAX_SIZE, FieldReader, refuse_quantised
+from ssd_jax.config_fields import FieldReader, refuse_quantised
 from ssd_jax.errors import ConfigError, shown
+from ssd_jax.field_checks import MAX_FLOAT32, MAX_INT32, MIN_FLOAT32
 
 Family = Literal["llama", "qwen2", "qwen3"]
 FAMILIES: tuple[Family, ...] = ("llama", "qwen2", "qwen3")
 MAX_PARAMS = 2**48
-MIN_FLOAT32, MAX_FLOAT32 = 2.0**-126, 2.0**128 * (1 - 2.0**-24)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +43,7 @@ class RopeScaling:
                 "llama3 RoPE scaling needs 0 < low_freq_factor < high_freq_factor, all finite, got "
                 f"{self.low_freq_factor} and {self.high_freq_factor}."
             )
-        if not 0 < self.original_max_context <= MAX_SIZE:
+        if not 0 < self.original_max_context <= MAX_INT32:
             raise ConfigError(
                 "original_max_position_embeddings must be a positive whole number below 2**31, got "
                 f"{shown(self.original_max_context)}."
@@ -80,7 +80,11 @@ class ModelConfig:
         sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_layers")
         for name in (*sizes, "num_heads", "num_kv_heads", "head_dim", "max_context"):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or not (0 < value <= MAX_SIZE):
+            if (
+                not isinstance(value, int)
+                or isinstance(value, bool)
+                or not (0 < value <= MAX_INT32)
+            ):
                 raise ConfigError(
                     f"{name} must be a positive whole number below 2**31, got {shown(value)}."
                 )
@@ -125,6 +129,18 @@ class ModelConfig:
         return self.num_layers * layer + embeddings + self.hidden_size
 
 
+@contextmanager
+def _of_config_json() -> Iterator[None]:
+    """Say of errors within which file they are about, where they do not say it."""
+    try:
+        yield
+    except ConfigError as error:
+        if "config.json" in str(error):
+            raise
+        raise ConfigError(f"config.json cannot be right: {error}") from error
+
+
+@_of_config_json()
 def model_config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
     """The configuration that a Hugging Face `config.json` describes.
 
@@ -144,43 +160,31 @@ def model_config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
     hidden_size = reader.take_size("hidden_size")
     max_context = reader.take_size("max_position_embeddings")
     rope_theta, rope_scaling = _read_rope(reader, max_context)
-    with _of_config_json():
-        config = ModelConfig(
-            family=family,
-            vocab_size=reader.take_size("vocab_size"),
-            hidden_size=hidden_size,
-            intermediate_size=reader.take_size("intermediate_size"),
-            num_layers=reader.take_size("num_hidden_layers"),
-            num_heads=num_heads,
-            num_kv_heads=reader.take_size("num_key_value_heads", num_heads),
-            head_dim=reader.take_size(
-                "head_dim", 128 if family == "qwen3" else max(1, hidden_size // num_heads)
-            ),
-            max_context=max_context,
-            rms_norm_eps=reader.take("rms_norm_eps", float, 1e-6),
-            rope_theta=rope_theta,
-            rope_scaling=rope_scaling,
-            # Qwen2 always has biases on q, k and v; the other two say so themselves.
-            qkv_bias=reader.take("attention_bias", bool, False) or family == "qwen2",
-            output_bias=family != "qwen2" and reader.take("attention_bias", bool, False),
-            mlp_bias=reader.take("mlp_bias", bool, False),
-            qk_norm=family == "qwen3",
-            tied_embeddings=reader.take("tie_word_embeddings", bool, False),
-        )
+    config = ModelConfig(
+        family=family,
+        vocab_size=reader.take_size("vocab_size"),
+        hidden_size=hidden_size,
+        intermediate_size=reader.take_size("intermediate_size"),
+        num_layers=reader.take_size("num_hidden_layers"),
+        num_heads=num_heads,
+        num_kv_heads=reader.take_size("num_key_value_heads", num_heads),
+        head_dim=reader.take_size(
+            "head_dim", 128 if family == "qwen3" else max(1, hidden_size // num_heads)
+        ),
+        max_context=max_context,
+        rms_norm_eps=reader.take("rms_norm_eps", float, 1e-6),
+        rope_theta=rope_theta,
+        rope_scaling=rope_scaling,
+        # Qwen2 always has biases on q, k and v; the other two say so themselves.
+        qkv_bias=reader.take("attention_bias", bool, False) or family == "qwen2",
+        output_bias=family != "qwen2" and reader.take("attention_bias", bool, False),
+        mlp_bias=reader.take("mlp_bias", bool, False),
+        qk_norm=family == "qwen3",
+        tied_embeddings=reader.take("tie_word_embeddings", bool, False),
+    )
     _refuse_windows(reader, config)
     reader.refuse_the_rest()
     return config
-
-
-@contextmanager
-def _of_config_json() -> Iterator[None]:
-    """Say of errors within which file they are about, where they do not say it."""
-    try:
-        yield
-    except ConfigError as error:
-        if "config.json" in str(error):
-            raise
-        raise ConfigError(f"config.json cannot be right: {error}") from error
 
 
 def _refuse_windows(reader: FieldReader, config: ModelConfig) -> None:
@@ -230,17 +234,15 @@ def _read_rope(reader: FieldReader, max_context: int) -> tuple[float, RopeScalin
     if kind == "default":
         scaling = None
     elif kind == "linear":
-        with _of_config_json():
-            scaling = RopeScaling(kind="linear", factor=rope.take("factor", float))
+        scaling = RopeScaling(kind="linear", factor=rope.take("factor", float))
     elif kind == "llama3":
-        with _of_config_json():
-            scaling = RopeScaling(
-                kind="llama3",
-                factor=rope.take("factor", float),
-                low_freq_factor=rope.take("low_freq_factor", float),
-                high_freq_factor=rope.take("high_freq_factor", float),
-                original_max_context=pretrained,
-            )
+        scaling = RopeScaling(
+            kind="llama3",
+            factor=rope.take("factor", float),
+            low_freq_factor=rope.take("low_freq_factor", float),
+            high_freq_factor=rope.take("high_freq_factor", float),
+            original_max_context=pretrained,
+        )
     else:
         raise ConfigError(
             f"Unsupported RoPE type {shown(kind)} in config.json: supported are default, linear "

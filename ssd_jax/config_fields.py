@@ -10,8 +10,7 @@ from collections.abc import Mapping, Set
 from typing import Any
 
 from ssd_jax.errors import ConfigError, shown
-
-MAX_SIZE = 2**31 - 1  # of what is counted in 32 bits on the device
+from ssd_jax.field_checks import MAX_INT32
 
 # How a model was trained, stored, or is sampled from: no value of these changes a logit.
 # fmt: off
@@ -126,7 +125,7 @@ class FieldReader:
     def take_size(self, name: str, default: int | None = None) -> int:
         """The field's value, which must be a whole number above 0 that fits 32 bits."""
         value = self.take(name, int, default)
-        if not 0 < value <= MAX_SIZE:
+        if not 0 < value <= MAX_INT32:
             raise ConfigError(
                 f"Field {name!r} of {self.where} must be a whole number above 0 and below 2**31, "
                 f"got {shown(value)}."

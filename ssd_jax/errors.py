@@ -45,8 +45,8 @@ def shown(value: object, limit: int = 80) -> str:
     short = reprlib.Repr(maxstring=limit, maxother=limit, maxlong=40, maxlevel=3)
     try:
         return shortened(short.repr(value), limit)
-    except ValueError:  # a whole number with more digits than Python writes
-        return f"a {type(value).__name__} too long to show"
+    except Exception:  # of a stranger's class, or an integer of too many digits
+        return f"a value of type {type(value).__name__}"
 
 
 def printable(text: str) -> str:

@@ -12,8 +12,8 @@ from typing import Annotated
 
 import numpy as np
 
-from ssd_jax.errors import RequestError
-from ssd_jax.field_checks import MAX_INT32, Range, check_fields, shown
+from ssd_jax.errors import RequestError, shown
+from ssd_jax.field_checks import MAX_INT32, Range, check_fields
 
 type Guesses = Annotated[int, Range(f"from 0 to {MAX_INT32}", lambda n: n >= 0)]
 

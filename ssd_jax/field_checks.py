@@ -27,14 +27,13 @@ from typing import (
     get_type_hints,
 )
 
-from ssd_jax.errors import RequestError
+from ssd_jax.errors import RequestError, shown
 
 MAX_INT32 = 2**31 - 1
 MAX_FLOAT32 = (2 - 2**-23) * 2.0**127
 MIN_FLOAT32 = 2.0**-126  # a device takes smaller ones for 0
 MAX_ENTRIES = 2**24  # of a list; a longer one is refused
 _TEXTS = (str, bytes, bytearray, memoryview)  # sequences that are no lists
-_SHOWN = 80  # most characters of a refused value in a sentence
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -83,15 +82,6 @@ def check(name: str, value: object, hint: object) -> Any:  # noqa: ANN401 (a val
         part = refused.args[0]
         where = "" if part is value else f" in {shown(value)}"
         raise RequestError(f"{name} must be {kind.words}, got {shown(part)}{where}.") from None
-
-
-def shown(value: object) -> str:
-    """A value as a sentence shows it: however large or odd it is, in some eighty characters."""
-    try:
-        text = repr(value)
-    except Exception:  # of a stranger's class, or an integer of too many digits
-        return f"a value of type {type(value).__name__}"
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
 class _Refused(Exception):

@@ -24,12 +24,6 @@ def init_cache(config: ModelConfig, batch_size: int, num_slots: int, dtype: DTyp
     )
 
 
-def cache_bytes(config: ModelConfig, batch_size: int, num_slots: int, dtype: DTypeLike) -> int:
-    """Bytes that `init_cache` allocates, lengths aside."""
-    row = config.num_layers * 2 * config.num_kv_heads * config.head_dim * jnp.dtype(dtype).itemsize
-    return batch_size * num_slots * row
-
-
 def write_slots(
     buffer: Float[Array, "B K S H"], new: Float[Array, "B T K H"], start: Int[Array, "*B"]
 ) -> Float[Array, "B K S H"]:

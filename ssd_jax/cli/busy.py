@@ -6,15 +6,16 @@ own, and only for what takes long. Quick work leaves no trace.
 
 import contextlib
 import os
-import shutil
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import TextIO
 
+from ssd_jax.cli.notes import dimmed, terminal_width
+
 TERMINAL_DELAY_S = 0.2
 LINE_DELAY_S = 2.0
-_DIM, _PLAIN, _ERASE = "\x1b[2m", "\x1b[0m", "\r\x1b[K"
+_ERASE = "\r\x1b[K"
 
 
 @contextlib.contextmanager
@@ -57,7 +58,7 @@ def begin(text: str, *, quiet: bool) -> Callable[[], None]:
         with lock:
             if not over:
                 shown = True
-                _write(stream, _dimmed(text) if overwrites else f"{text} ...\n")
+                _write(stream, _line(text) if overwrites else f"{text} ...\n")
 
     def end() -> None:
         nonlocal over
@@ -81,11 +82,9 @@ def _can_overwrite(stream: TextIO) -> bool:
     return stream.isatty() and os.environ.get("TERM", "dumb") != "dumb"
 
 
-def _dimmed(text: str) -> str:
-    """The line, short enough not to be wrapped: only then can it be taken away."""
-    columns = shutil.get_terminal_size().columns
-    line = f"{text} ..."[: max(1, columns - 1)]
-    return line if os.environ.get("NO_COLOR") else f"{_DIM}{line}{_PLAIN}"
+def _line(text: str) -> str:
+    """The text, short enough not to be wrapped: only then can it be taken away."""
+    return dimmed(f"{text} ..."[: max(1, terminal_width() - 1)])
 
 
 def _write(stream: TextIO, text: str) -> None:

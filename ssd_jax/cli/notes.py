@@ -7,7 +7,6 @@ import sys
 from ssd_jax.cli.word_wrap import WordWrap
 
 _USUAL_WIDTH = 80
-_DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
 
 
 def note(text: str, *, dim: bool = True) -> None:
@@ -15,10 +14,14 @@ def note(text: str, *, dim: bool = True) -> None:
     if sys.stderr.isatty():
         wrap = WordWrap(terminal_width)
         text = wrap.push(text) + wrap.flush()
-        is_plain = os.environ.get("NO_COLOR") or os.environ.get("TERM", "dumb") == "dumb"
-        if dim and not is_plain:
-            text = f"{_DIM}{text}{_PLAIN}"
+        text = dimmed(text) if dim else text
     print(text, file=sys.stderr, flush=True)
+
+
+def dimmed(text: str) -> str:
+    """The text as a terminal shows it dim, if it can and the user does not mind."""
+    is_plain = os.environ.get("NO_COLOR") or os.environ.get("TERM", "dumb") == "dumb"
+    return text if is_plain else f"\x1b[2m{text}\x1b[0m"
 
 
 def terminal_width() -> int:

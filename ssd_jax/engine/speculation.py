@@ -7,8 +7,8 @@ from typing import Annotated
 from ssd_jax.decoding.speculative import verify_widths
 from ssd_jax.drafting.drafter import CombinedDrafter, ModelDrafter, NgramDrafter, NoDrafter
 from ssd_jax.drafting.ngram import NgramConfig
-from ssd_jax.errors import ConfigError, RequestError
-from ssd_jax.field_checks import Probability, Range, check_fields, shown
+from ssd_jax.errors import ConfigError, RequestError, shown
+from ssd_jax.field_checks import Probability, Range, check_fields
 from ssd_jax.model import Model
 from ssd_jax.placement import home
 from ssd_jax.sampling_params import SamplingParams

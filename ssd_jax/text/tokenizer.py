@@ -169,7 +169,9 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of the ids; ids that the tokenizer does not know give no text."""
-        skipped = self.special_ids() if skip_special_tokens and self.literal_tokens else ()
+        if not self.literal_tokens:
+            return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        skipped = self.special_ids() if skip_special_tokens else ()
         texts = []
         for is_literal, run in itertools.groupby(ids, self.literal_tokens.__contains__):
             if is_literal:

@@ -40,7 +40,7 @@ def timers(monkeypatch):
     Timer.started = ()
     monkeypatch.setattr(threading, "Timer", Timer)
     monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setenv("COLUMNS", "30")
+    monkeypatch.setattr("ssd_jax.cli.busy.terminal_width", lambda: 30)
     monkeypatch.delenv("NO_COLOR", raising=False)
 
     def go_off():

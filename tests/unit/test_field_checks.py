@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+import re
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,11 +14,17 @@ from tiny_models import tiny
 from ssd_jax.drafting.ngram import NgramConfig
 from ssd_jax.engine.speculation import RoundTimes, Speculation
 from ssd_jax.engine.ssd_options import SSD
-from ssd_jax.errors import RequestError
+from ssd_jax.errors import RequestError, shown
 from ssd_jax.fan_out import FanOut
-from ssd_jax.field_checks import MAX_FLOAT32, shown
+from ssd_jax.field_checks import MAX_FLOAT32
 from ssd_jax.generation import generate
 from ssd_jax.sampling_params import SamplingParams
+
+
+def named(value):
+    """A name of a test, the same in every process: without where an object lies."""
+    return re.sub(" at 0x[0-9a-f]+", "", shown(value))
+
 
 MODEL = tiny("qwen3").model
 ODD_VALUES = [
@@ -86,7 +93,7 @@ def test_any_value_is_taken_as_declared_or_refused_in_one_sentence(cls, base, na
         ("ignore_eos", 1, "True or False, got 1."),
         ("seed", 10**5000, "got a value of type int."),
     ],
-    ids=shown,
+    ids=named,
 )
 def test_the_sentence_says_what_was_expected_and_what_came(name, value, words):
     with pytest.raises(RequestError) as caught:
@@ -127,7 +134,7 @@ def test_what_is_kept_does_not_follow_the_callers_own():
         *([{5: 1}], [{5}], [[True]], [b"bytes"], {"a": 1}, {"a"}, b"ab", ["\ud800"], [[10**400]]),
         *([np.ones(2)], Odd(), [Odd()], [[2**40]]),
     ],
-    ids=shown,
+    ids=named,
 )
 def test_prompts_are_texts_or_lists_of_ids(prompts):
     with pytest.raises(RequestError, match=r"^(prompts must be|This model has no tokenizer)"):
